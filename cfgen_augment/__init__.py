@@ -1,0 +1,31 @@
+"""Augment rare cell types with CFGen: raw counts in, raw counts out.
+
+`CFGenSampler` is an imbalanced-learn sampler, `augment` works on AnnData, and `CFGen` is the
+generative model behind both, on arrays.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cfgen_augment.augmentation import augment
+    from cfgen_augment.model import CFGen
+    from cfgen_augment.sampler import CFGenSampler
+
+__version__ = "0.1.0"
+__all__ = ["CFGen", "CFGenSampler", "augment"]
+
+_HOME = {"CFGen": "model", "CFGenSampler": "sampler", "augment": "augmentation"}
+
+
+def __getattr__(name: str) -> Any:
+    # Torch and scikit-learn are imported when a name is first used, not with the package.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

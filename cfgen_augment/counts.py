@@ -1,0 +1,192 @@
+"""Cell matrices: what may come in, how deep each cell is, and rows as dense minibatches.
+
+Everything here works on ``ndarray`` and on SciPy CSR, scans every stored value, and never makes
+more than a minibatch dense.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+CellMatrix: TypeAlias = "NDArray | sparse.csr_matrix | sparse.csr_array"
+ValueKind: TypeAlias = Literal["count", "binary", "real"]
+
+_SCAN = 1 << 22  # values checked at a time: bounds the temporaries of a whole-matrix scan
+_EXPECTED = {
+    "count": "raw counts (non-negative whole numbers)",
+    "binary": "zeros and ones",
+    "real": "finite numbers",
+}
+
+
+def check_cells(X: object, kind: ValueKind, *, name: str = "X", n_min: int = 1) -> CellMatrix:
+    """Check a cell matrix and return it as an ndarray or canonical CSR, values unchanged.
+
+    Parameters
+    ----------
+    X
+        ``(n_cells, n_features)`` ndarray or SciPy sparse matrix or array. Never modified; CSR
+        and ndarray input is returned without a copy when it is already canonical.
+    kind
+        What the values must be: ``"count"``, ``"binary"`` or ``"real"``.
+    name
+        How error messages call the matrix.
+    n_min
+        Fewest cells accepted.
+
+    Returns
+    -------
+    ndarray or CSR
+        The same values.
+
+    Raises
+    ------
+    TypeError
+        If `X` is not a two-dimensional numeric array or sparse matrix.
+    ValueError
+        If it is empty, malformed, or holds values that are not of `kind`.
+    """
+    if sparse.issparse(X):
+        matrix = _check_sparse(X, name)
+    elif isinstance(X, np.ndarray):
+        matrix = np.asarray(X)
+    else:
+        raise TypeError(
+            f"{name}: expected a NumPy array or a SciPy sparse matrix; got {type(X).__name__}. "
+            "Convert it, for example with X.to_numpy()."
+        )
+    if matrix.ndim != 2:
+        raise ValueError(
+            f"{name}: expected two dimensions (n_cells, n_features); got shape {matrix.shape}. "
+            "Reshape your data, for example with X.reshape(1, -1) for a single cell."
+        )
+    if matrix.dtype.kind not in "buif":
+        raise TypeError(
+            f"{name}: expected numbers; got dtype {matrix.dtype}. Convert with X.astype(float)."
+        )
+    n_cells, n_features = matrix.shape
+    if n_features < 1:
+        raise ValueError(
+            f"{name}: expected at least one feature; found array with 0 feature(s) "
+            f"(shape={matrix.shape}) while a minimum of 1 is required."
+        )
+    if n_cells < n_min:
+        raise ValueError(
+            f"{name}: expected at least {n_min} cell(s); found array with {n_cells} sample(s) "
+            f"(shape={matrix.shape}) while a minimum of {n_min} is required."
+        )
+    _check_values(matrix.data if sparse.issparse(matrix) else matrix, kind, name)
+    return matrix
+
+
+def _check_sparse(X: sparse.spmatrix | sparse.sparray, name: str) -> sparse.csr_matrix:
+    if X.format in ("csr", "csc"):
+        try:
+            X.check_format(full_check=True)
+        except (ValueError, IndexError) as error:
+            raise ValueError(
+                f"{name}: expected a well-formed {X.format.upper()} matrix; got one whose index "
+                f"arrays are broken ({error}). The file or the code that built it is at fault: "
+                "rebuild the matrix."
+            ) from error
+    matrix = X.tocsr()
+    if not matrix.has_canonical_format:
+        matrix = matrix.copy()
+        matrix.sum_duplicates()
+    return matrix
+
+
+def _check_values(values: NDArray, kind: ValueKind, name: str) -> None:
+    if values.dtype.kind == "b" or (values.dtype.kind == "u" and kind == "count"):
+        return
+    flat = values.reshape(-1) if values.flags.c_contiguous else values.ravel(order="K")
+    for start in range(0, flat.size, _SCAN):
+        block = flat[start : start + _SCAN]
+        if block.dtype.kind == "f" and not np.isfinite(block).all():
+            what = "NaN" if np.isnan(block).any() else "infinity"
+            raise ValueError(
+                f"{name}: expected {_EXPECTED[kind]}; Input contains {what}. Remove or replace "
+                "those entries: a missing count is usually a zero."
+            )
+        if kind == "real":
+            continue
+        if block.min() < 0:
+            raise ValueError(
+                f"{name}: expected {_EXPECTED[kind]}; got the negative value {block.min():g}. "
+                "This looks scaled or centred; pass the raw counts (layer='counts' for AnnData), "
+                "or likelihood='gaussian' for features that are not counts."
+            )
+        if kind == "binary" and (bad := block[(block != 0) & (block != 1)]).size:
+            raise ValueError(
+                f"{name}: expected {_EXPECTED[kind]} for likelihood='bernoulli'; got {bad[0]:g}. "
+                "Binarise with X > 0, or use likelihood='poisson' for counts."
+            )
+        if block.dtype.kind == "f" and (bad := block[block != np.floor(block)]).size:
+            raise ValueError(
+                f"{name}: expected {_EXPECTED[kind]}; got the fraction {bad[0]:g}. This looks "
+                "log-normalised; pass the raw counts (layer='counts' for AnnData), or "
+                "likelihood='gaussian' for features that are not counts."
+            )
+
+
+def dense_rows(X: CellMatrix, rows: NDArray[np.integer] | slice) -> NDArray[np.float32]:
+    """Some cells as a dense float32 array of shape ``(len(rows), n_features)``."""
+    block = X[rows]
+    if sparse.issparse(block):
+        block = block.toarray()
+    return np.ascontiguousarray(block, dtype=np.float32)
+
+
+def total_counts(X: CellMatrix) -> NDArray[np.float64]:
+    """Total count of each cell, shape ``(n_cells,)``.
+
+    A cell without any count is taken to have a total of one, which keeps its logarithm, and so
+    the size-factor fit, finite.
+    """
+    totals = np.asarray(X.sum(axis=1, dtype=np.float64)).reshape(-1)
+    return np.maximum(totals, 1.0)
+
+
+def feature_moments(
+    X: CellMatrix, *, block: int = 4096
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and variance (``ddof=0``) of every feature, each of shape ``(n_features,)``."""
+    n_cells, n_features = X.shape
+    total = np.zeros(n_features)
+    square = np.zeros(n_features)
+    centre = dense_rows(X, slice(0, min(block, n_cells))).mean(axis=0, dtype=np.float64)
+    for start in range(0, n_cells, block):
+        # Shifted by a rough mean so that a large offset does not cancel the variance away.
+        values = dense_rows(X, slice(start, start + block)) - centre
+        total += values.sum(axis=0)
+        square += np.square(values).sum(axis=0)
+    shifted = total / n_cells
+    return centre + shifted, np.maximum(square / n_cells - shifted**2, 0.0)
+
+
+def as_dtype(X: CellMatrix, dtype: np.dtype) -> tuple[CellMatrix, int]:
+    """Cast drawn counts to `dtype`, holding values it cannot represent at its largest.
+
+    Returns
+    -------
+    matrix
+        The counts in `dtype`.
+    int
+        How many values were too large and were held.
+    """
+    if dtype.kind == "f":
+        limit: float = 2.0 ** (np.finfo(dtype).nmant + 1)  # largest run of exact whole numbers
+    elif dtype.kind == "b":
+        limit = 1
+    else:
+        limit = np.iinfo(dtype).max
+    values = X.data if sparse.issparse(X) else X
+    too_large = int((values > limit).sum())
+    if too_large:
+        X = X.copy()
+        np.minimum(X.data if sparse.issparse(X) else X, limit, out=X.data if sparse.issparse(X) else X)
+    return X.astype(dtype, copy=False), too_large

@@ -1,0 +1,214 @@
+r"""The conditional flow: probability path, velocity field, loss and guidance.
+
+Symbols: ``z_0`` noise, ``z_1`` a standardised latent, ``t`` in [0, 1] from noise to data, ``v``
+the velocity. Equation and algorithm numbers are those of the CFGen paper (arXiv 2407.11734).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SIGMA_MIN = 1e-4  # width of the path at the data end
+NULL = 0  # the code of an attribute that is not given; categories start at one
+
+
+def interpolate(z_0: Tensor, z_1: Tensor, t: Tensor) -> Tensor:
+    r"""Point on the Gaussian path with linear schedule.
+
+    .. math:: z_t = t z_1 + (1 - (1 - \sigma_{min}) t) z_0
+
+    Shapes: `z_0`, `z_1` ``(n, n_latent)``, `t` ``(n, 1)``.
+    """
+    return t * z_1 + (1.0 - (1.0 - SIGMA_MIN) * t) * z_0
+
+
+def target_velocity(z_0: Tensor, z_1: Tensor) -> Tensor:
+    r"""Time derivative of the path, :math:`u = z_1 - (1 - \sigma_{min}) z_0`."""
+    return z_1 - (1.0 - SIGMA_MIN) * z_0
+
+
+def drop_attributes(attributes: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
+    """Choose what each cell is conditioned on (Algorithm 1), cell by cell.
+
+    With probability `dropout` nothing; otherwise one of its attributes at random. The network so
+    learns the unconditional field and the field of every single attribute, which is what
+    Eq. 10 composes.
+
+    Parameters
+    ----------
+    attributes
+        Category codes, shape ``(n, n_attributes)``.
+    dropout
+        Probability of conditioning on nothing.
+    generator
+        Source of randomness.
+
+    Returns
+    -------
+    Tensor of shape (n, n_attributes)
+        The codes with all but at most one per row replaced by `NULL`.
+    """
+    n_cells, n_attributes = attributes.shape
+    device = attributes.device
+    chosen = torch.randint(n_attributes, (n_cells, 1), generator=generator, device=device)
+    kept = torch.rand((n_cells, 1), generator=generator, device=device) >= dropout
+    keep = kept & (torch.arange(n_attributes, device=device) == chosen)
+    return torch.where(keep, attributes, NULL)
+
+
+class _ResidualBlock(nn.Module):
+    """``x + W2 SiLU(W1 SiLU(x) + W_c SiLU(c))``, the last layer starting at zero."""
+
+    def __init__(self, width: int, n_embedding: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+        self.condition = nn.Linear(n_embedding, width)
+        self.outer = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        h = self.inner(F.silu(x)) + self.condition(F.silu(condition))
+        out: Tensor = x + self.outer(F.silu(h))
+        return out
+
+
+class _ScalarEmbedding(nn.Module):
+    """A number in [0, 1] to a vector: sinusoids of ``1000 s``, then a two-layer MLP."""
+
+    def __init__(self, n_embedding: int) -> None:
+        super().__init__()
+        self.n_frequencies = n_embedding // 2
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * self.n_frequencies, n_embedding),
+            nn.SiLU(),
+            nn.Linear(n_embedding, n_embedding),
+        )
+
+    def forward(self, s: Tensor) -> Tensor:
+        # Computed here, not stored: a buffer would have to survive construction on `meta`.
+        exponent = torch.arange(self.n_frequencies, device=s.device) / self.n_frequencies
+        angle = 1000.0 * s * torch.exp(-math.log(1e4) * exponent)
+        out: Tensor = self.mlp(torch.cat([angle.sin(), angle.cos()], dim=-1))
+        return out
+
+
+class VelocityField(nn.Module):
+    """Residual network for ``v(z, t | attributes, size factor)``.
+
+    Parameters
+    ----------
+    n_latent
+        Width of the latents.
+    n_categories
+        Number of categories of each attribute; the null category is added here.
+    width, n_blocks, n_embedding
+        Width and number of residual blocks, and width of the embeddings.
+    size_factor
+        Whether the field also depends on the cell's size factor.
+    """
+
+    def __init__(
+        self,
+        n_latent: int,
+        n_categories: Sequence[int],
+        *,
+        width: int,
+        n_blocks: int,
+        n_embedding: int,
+        size_factor: bool,
+    ) -> None:
+        super().__init__()
+        self.inlet = nn.Linear(n_latent, width)
+        self.time = _ScalarEmbedding(n_embedding)
+        self.attributes = nn.ModuleList(nn.Embedding(n + 1, n_embedding) for n in n_categories)
+        self.size_factor = _ScalarEmbedding(n_embedding) if size_factor else None
+        self.blocks = nn.ModuleList(_ResidualBlock(width, n_embedding) for _ in range(n_blocks))
+        self.outlet = nn.Sequential(nn.SiLU(), nn.Linear(width, n_latent))
+
+    def start_at_zero(self) -> None:
+        """Make every residual block start as the identity."""
+        for block in self.blocks:
+            nn.init.zeros_(block.outer.weight)  # type: ignore[union-attr, arg-type]
+            nn.init.zeros_(block.outer.bias)  # type: ignore[union-attr, arg-type]
+
+    def forward(
+        self, z: Tensor, t: Tensor, attributes: Tensor, log_size: Tensor | None = None
+    ) -> Tensor:
+        """Velocity ``(n, n_latent)`` at `z`.
+
+        `t` is ``(n, 1)`` or ``(1, 1)``; `attributes` holds codes ``(n, n_attributes)``;
+        `log_size` is the log size factor scaled to [0, 1], ``(n, 1)``.
+        """
+        condition = self.time(t)
+        for embedding, codes in zip(self.attributes, attributes.unbind(1), strict=True):
+            condition = condition + embedding(codes)
+        if self.size_factor is not None:
+            condition = condition + self.size_factor(log_size)
+        h = self.inlet(z)
+        for block in self.blocks:
+            h = block(h, condition)
+        out: Tensor = self.outlet(h)
+        return out
+
+
+def flow_matching_loss(
+    field: VelocityField,
+    z_1: Tensor,
+    attributes: Tensor,
+    log_size: Tensor | None,
+    generator: torch.Generator,
+) -> Tensor:
+    """Mean squared error of the field against the conditional velocity (Flow Matching).
+
+    Noise and antithetic times are drawn from `generator`.
+    """
+    z_0 = torch.empty_like(z_1).normal_(generator=generator)
+    half = torch.rand(((len(z_1) + 1) // 2, 1), generator=generator, device=z_1.device)
+    t = torch.cat([half, 1.0 - half])[: len(z_1)]
+    v = field(interpolate(z_0, z_1, t), t, attributes, log_size)
+    return F.mse_loss(v, target_velocity(z_0, z_1))
+
+
+def guided(
+    field: VelocityField, attributes: Tensor, weights: Sequence[float], log_size: Tensor | None
+) -> Callable[[float, Tensor], Tensor]:
+    r"""The guided field as a function of time and latent (Eq. 10, Algorithm 2).
+
+    .. math:: v = v_0 + \sum_i w_i (v_i - v_0) = (1 - \sum_i w_i) v_0 + \sum_i w_i v_i
+
+    Terms whose coefficient is zero are not evaluated: one attribute at weight one costs one
+    network call, and so does the unconditional field.
+
+    Parameters
+    ----------
+    field
+        Trained velocity field.
+    attributes
+        Category codes, shape ``(n, n_attributes)``.
+    weights
+        Guidance weight of each attribute; zero leaves it out.
+    log_size
+        Scaled log size factors, or None.
+    """
+    terms = []
+    if not math.isclose(rest := 1.0 - sum(weights), 0.0, abs_tol=1e-9):
+        terms.append((rest, torch.full_like(attributes, NULL)))
+    for i, weight in enumerate(weights):
+        if weight != 0.0:
+            alone = torch.full_like(attributes, NULL)
+            alone[:, i] = attributes[:, i]
+            terms.append((weight, alone))
+
+    def velocity(t: float, z: Tensor) -> Tensor:
+        time = torch.full((1, 1), float(t), dtype=z.dtype, device=z.device)
+        (weight, codes), *others = terms
+        v: Tensor = weight * field(z, time, codes, log_size)
+        for weight, codes in others:
+            v = v + weight * field(z, time, codes, log_size)
+        return v
+
+    return velocity

@@ -1,0 +1,352 @@
+r"""Noise models: how counts are distributed around what the decoder says.
+
+One object per noise model. ``natural`` turns the decoder's output and the size factor into the
+quantity the model is written in (log mean for counts, logit for presence, mean for continuous
+features), ``log_prob`` and ``sample`` take that quantity. Counts are drawn straight into CSR:
+the dense block only decides *where* a count is positive, and the draw itself touches nothing
+but those entries.
+
+Symbols: ``x`` counts, ``mu`` mean, ``theta`` inverse dispersion, ``l`` size factor.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cfgen_augment.counts import ValueKind
+
+_LOG_THETA_RANGE = (-10.0, 10.0)  # beyond, float32 cannot tell the model from its limits
+
+# Entries with a larger mean, or heavier tail, are cheaper to draw as a mixture than by walking
+# along the distribution function.
+_WALK_MEAN = 10.0
+_WALK_RATIO = 9.0
+
+
+class Likelihood(nn.Module):
+    """A noise model for one block of features.
+
+    Subclasses are `NegativeBinomial`, `Poisson`, `Bernoulli` and `Gaussian`.
+
+    Attributes
+    ----------
+    values : {"count", "binary", "real"}
+        What the data must look like.
+    uses_size_factor : bool
+        Whether the mean is a composition scaled by the cell's total count.
+    """
+
+    values: ValueKind = "count"
+    uses_size_factor: bool = False
+
+    def initialise(self, mean: np.ndarray, variance: np.ndarray, totals: np.ndarray) -> Tensor:
+        """Start from the data's moments; return a starting bias for the decoder's output.
+
+        Parameters
+        ----------
+        mean, variance
+            Per feature over the training cells, shape ``(n_features,)``.
+        totals
+            Total count of each training cell, shape ``(n_cells,)``.
+        """
+        raise TypeError(f"{type(self).__name__} is not a noise model by itself")
+
+    def encoder_input(self, x: Tensor) -> Tensor:
+        """What the encoder sees: ``log(1 + x)`` for counts."""
+        return torch.log1p(x)
+
+    def natural(self, output: Tensor, log_size: Tensor | None) -> Tensor:
+        """Decoder output ``(n, n_features)`` and log size factor ``(n, 1)`` to the natural scale."""
+        return output
+
+    def log_prob(self, x: Tensor, natural: Tensor, group: Tensor | None = None) -> Tensor:
+        """Log probability of every entry, shape ``(n, n_features)``."""
+        raise TypeError(f"{type(self).__name__} is not a noise model by itself")
+
+    def sample(
+        self, natural: Tensor, group: Tensor | None = None, *, generator: torch.Generator
+    ) -> sparse.csr_matrix | np.ndarray:
+        """Draw one cell per row: CSR of int32 for counts, an ndarray for continuous features."""
+        raise TypeError(f"{type(self).__name__} is not a noise model by itself")
+
+
+class _Composition(Likelihood):
+    """Counts whose mean is ``softmax(output) * l``."""
+
+    uses_size_factor = True
+
+    def initialise(self, mean: np.ndarray, variance: np.ndarray, totals: np.ndarray) -> Tensor:
+        # Half a count in the whole data set for genes never seen, so that their log is finite.
+        profile = mean + 0.5 / len(totals)
+        return torch.as_tensor(np.log(profile / profile.sum()), dtype=torch.float32)
+
+    def natural(self, output: Tensor, log_size: Tensor | None) -> Tensor:
+        if log_size is None:
+            raise ValueError(f"{type(self).__name__} needs the cells' size factors")
+        return F.log_softmax(output, dim=-1) + log_size
+
+
+class NegativeBinomial(_Composition):
+    r"""Negative binomial with mean ``mu`` and inverse dispersion ``theta``.
+
+    The story: a rate is drawn from a Gamma with mean ``mu`` and shape ``theta``, then a Poisson
+    count at that rate, so that
+
+    .. math:: \mathrm{Var}[x] = \mu + \mu^2 / \theta .
+
+    Parameters
+    ----------
+    n_features
+        Number of genes.
+    n_groups
+        One dispersion per gene (1), or one per group and gene.
+    """
+
+    def __init__(self, n_features: int, n_groups: int = 1) -> None:
+        super().__init__()
+        self.log_theta = nn.Parameter(torch.zeros(n_groups, n_features))
+
+    def initialise(self, mean: np.ndarray, variance: np.ndarray, totals: np.ndarray) -> Tensor:
+        # Method of moments for the whole population; the fit then lowers the dispersion by what
+        # the decoder explains. Depth varies too, which inflates the variance by mean^2 cv^2.
+        depth_cv2 = totals.var() / totals.mean() ** 2
+        excess = variance - mean - mean**2 * depth_cv2
+        theta = mean**2 / np.maximum(excess, 1e-4 * mean**2 + 1e-12)
+        start = torch.as_tensor(np.log(np.clip(theta, 0.05, 50.0)), dtype=torch.float32)
+        with torch.no_grad():
+            self.log_theta.copy_(start.expand_as(self.log_theta))
+        return super().initialise(mean, variance, totals)
+
+    def _log_theta(self, group: Tensor | None) -> Tensor:
+        log_theta = self.log_theta.clamp(*_LOG_THETA_RANGE)
+        if log_theta.shape[0] == 1:
+            return log_theta
+        if group is None:
+            raise ValueError(
+                "dispersion='gene-label': expected a label for every cell; got none. Pass labels, "
+                "or fit with dispersion='gene'."
+            )
+        return log_theta[group]
+
+    def log_prob(self, x: Tensor, natural: Tensor, group: Tensor | None = None) -> Tensor:
+        log_theta = self._log_theta(group)
+        theta = log_theta.exp()
+        log_total = torch.logaddexp(log_theta, natural)  # log(theta + mu)
+        return (
+            theta * (log_theta - log_total)
+            + x * (natural - log_total)
+            + torch.lgamma(x + theta)
+            - torch.lgamma(theta)
+            - torch.lgamma(x + 1.0)
+        )
+
+    def sample(
+        self, natural: Tensor, group: Tensor | None = None, *, generator: torch.Generator
+    ) -> sparse.csr_matrix:
+        log_theta = self._log_theta(group)
+        theta = log_theta.exp()
+        mu = natural.exp()
+        ratio = mu / theta
+        log_zero = -theta * torch.log1p(ratio)
+
+        def recurrence(at: Tensor) -> tuple[Tensor, Tensor]:
+            r = ratio.reshape(-1)[at].double()
+            b = r / (1.0 + r)
+            return theta.expand_as(mu).reshape(-1)[at].double() * b, b
+
+        def mixture(at: Tensor) -> Tensor:
+            shape = theta.expand_as(mu).reshape(-1)[at]
+            rate = _standard_gamma(shape, generator) * ratio.reshape(-1)[at]
+            return torch.poisson(rate, generator=generator)
+
+        walk = (mu <= _WALK_MEAN) & (ratio <= _WALK_RATIO)
+        return _draw_counts(log_zero, walk, recurrence, mixture, generator)
+
+
+class Poisson(_Composition):
+    r"""Poisson counts with mean ``mu = softmax(output) * l``."""
+
+    def log_prob(self, x: Tensor, natural: Tensor, group: Tensor | None = None) -> Tensor:
+        return x * natural - natural.exp() - torch.lgamma(x + 1.0)
+
+    def sample(
+        self, natural: Tensor, group: Tensor | None = None, *, generator: torch.Generator
+    ) -> sparse.csr_matrix:
+        mu = natural.exp()
+
+        def recurrence(at: Tensor) -> tuple[Tensor, Tensor]:
+            a = mu.reshape(-1)[at].double()
+            return a, torch.zeros_like(a)
+
+        def mixture(at: Tensor) -> Tensor:
+            return torch.poisson(mu.reshape(-1)[at], generator=generator)
+
+        return _draw_counts(-mu, mu <= _WALK_MEAN, recurrence, mixture, generator)
+
+
+class Bernoulli(Likelihood):
+    """Presence or absence, ``P(x = 1) = sigmoid(output)``; for binarised ATAC peaks."""
+
+    values = "binary"
+
+    def initialise(self, mean: np.ndarray, variance: np.ndarray, totals: np.ndarray) -> Tensor:
+        present = (mean * len(totals) + 0.5) / (len(totals) + 1.0)
+        return torch.as_tensor(np.log(present / (1.0 - present)), dtype=torch.float32)
+
+    def log_prob(self, x: Tensor, natural: Tensor, group: Tensor | None = None) -> Tensor:
+        return -F.binary_cross_entropy_with_logits(natural, x, reduction="none")
+
+    def sample(
+        self, natural: Tensor, group: Tensor | None = None, *, generator: torch.Generator
+    ) -> sparse.csr_matrix:
+        present = _uniform_like(natural, generator) < torch.sigmoid(natural)
+        at = present.reshape(-1).nonzero().reshape(-1)
+        return _to_csr(at, torch.ones_like(at), natural.shape)
+
+
+class Gaussian(Likelihood):
+    """Normal noise with a standard deviation per feature, for features that are not counts."""
+
+    values = "real"
+
+    def __init__(self, n_features: int) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(n_features))
+        self.register_buffer("feature_mean", torch.zeros(n_features))
+        self.register_buffer("feature_scale", torch.ones(n_features))
+        self.feature_mean: Tensor
+        self.feature_scale: Tensor
+
+    def initialise(self, mean: np.ndarray, variance: np.ndarray, totals: np.ndarray) -> Tensor:
+        scale = np.sqrt(variance)
+        # A constant feature carries nothing: any scale leaves its standardised value at zero.
+        scale[scale <= 1e-6 * np.abs(mean)] = 1e-6
+        scale[scale == 0.0] = 1e-6
+        with torch.no_grad():
+            self.feature_mean.copy_(torch.as_tensor(mean))
+            self.feature_scale.copy_(torch.as_tensor(scale))
+        return torch.zeros(len(mean))
+
+    def encoder_input(self, x: Tensor) -> Tensor:
+        return (x - self.feature_mean) / self.feature_scale
+
+    def natural(self, output: Tensor, log_size: Tensor | None) -> Tensor:
+        return self.feature_mean + self.feature_scale * output
+
+    def _scale(self) -> Tensor:
+        return self.feature_scale * self.log_scale.clamp(-10.0, 10.0).exp()
+
+    def log_prob(self, x: Tensor, natural: Tensor, group: Tensor | None = None) -> Tensor:
+        scale = self._scale()
+        return (
+            -0.5 * torch.square((x - natural) / scale) - scale.log() - 0.5 * math.log(2.0 * math.pi)
+        )
+
+    def sample(
+        self, natural: Tensor, group: Tensor | None = None, *, generator: torch.Generator
+    ) -> np.ndarray:
+        noise = torch.empty_like(natural).normal_(generator=generator)
+        return (natural + self._scale() * noise).cpu().numpy()
+
+
+def make_likelihood(name: str, n_features: int, n_groups: int = 1) -> Likelihood:
+    """The noise model called `name`; `n_groups` > 1 asks for a dispersion per group and gene.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown, or groups are asked of a model without a dispersion.
+    """
+    if name == "nb":
+        return NegativeBinomial(n_features, n_groups)
+    if n_groups > 1:
+        raise ValueError(
+            f"dispersion='gene-label': expected likelihood='nb'; got likelihood={name!r}, which "
+            "has no inverse dispersion. Use dispersion='gene'."
+        )
+    if name == "poisson":
+        return Poisson()
+    if name == "bernoulli":
+        return Bernoulli()
+    if name == "gaussian":
+        return Gaussian(n_features)
+    raise ValueError(
+        f"likelihood: expected 'nb', 'poisson', 'bernoulli' or 'gaussian'; got {name!r}."
+    )
+
+
+def _uniform_like(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.empty_like(like).uniform_(generator=generator)
+
+
+def _standard_gamma(shape: Tensor, generator: torch.Generator) -> Tensor:
+    # torch.distributions.Gamma takes no generator; the sampler behind it does.
+    return torch._standard_gamma(shape, generator=generator)
+
+
+def _draw_counts(log_zero, walk, recurrence, mixture, generator):  # type: ignore[no-untyped-def]
+    """Draw counts of the Panjer (a, b, 0) family without visiting the zeros twice.
+
+    Both families obey ``P(k + 1) = P(k) (a + b k) / (k + 1)``: Poisson with ``a = mu, b = 0``,
+    the negative binomial with ``b = mu / (mu + theta), a = theta b``. One uniform per entry
+    against ``1 - P(0)`` says where a count is positive; there, the zero-truncated distribution
+    function is walked until it passes a second uniform. Entries outside `walk` (large means,
+    very heavy tails) are drawn as a mixture instead. Both ways are exact.
+
+    Parameters
+    ----------
+    log_zero : Tensor
+        ``log P(0)`` of every entry, shape ``(n, n_features)``.
+    walk : Tensor
+        Boolean, the entries to draw by walking.
+    recurrence, mixture : callable
+        Flat positions to ``(a, b)`` in float64, and to finished draws.
+    """
+    positive_mass = -torch.expm1(log_zero)
+    touched = (_uniform_like(log_zero, generator) < positive_mass) | ~walk
+    at = touched.reshape(-1).nonzero().reshape(-1)
+    by_walk = walk.reshape(-1)[at]
+    counts = torch.zeros(at.shape, dtype=torch.int64, device=at.device)
+
+    walked = at[by_walk]
+    a, b = recurrence(walked)
+    p = a * log_zero.reshape(-1)[walked].double().exp()
+    left = torch.empty_like(p).uniform_(generator=generator)
+    left = left * -torch.expm1(log_zero.reshape(-1)[walked].double()) - p
+    drawn = torch.ones_like(walked)
+    active = (left > 0).nonzero().reshape(-1)
+    k = 1
+    # p > 1e-18 ends the walk where rounding of the running sum hides the last sliver of mass.
+    while active.numel():
+        p_k = p[active] * (a[active] + b[active] * k) / (k + 1)
+        k += 1
+        p[active] = p_k
+        drawn[active] = k
+        left[active] -= p_k
+        active = active[(left[active] > 0) & (p_k > 1e-18)]
+    counts[by_walk] = drawn
+    counts[~by_walk] = mixture(at[~by_walk]).to(torch.int64)
+
+    positive = counts > 0
+    return _to_csr(at[positive], counts[positive], log_zero.shape)
+
+
+def _to_csr(at: Tensor, values: Tensor, shape: torch.Size) -> sparse.csr_matrix:
+    """CSR from flat positions in row-major order and their values."""
+    n_rows, n_columns = shape
+    rows = torch.bincount(torch.div(at, n_columns, rounding_mode="floor"), minlength=n_rows)
+    indptr = torch.cat([rows.new_zeros(1), rows.cumsum(0)])
+    return sparse.csr_matrix(
+        (
+            values.to(torch.int32).cpu().numpy(),
+            (at % n_columns).to(torch.int32).cpu().numpy(),
+            indptr.to(torch.int32).cpu().numpy(),
+        ),
+        shape=(n_rows, n_columns),
+    )

@@ -1,0 +1,208 @@
+"""The training loop that the autoencoder and the flow share."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+logger = logging.getLogger(__name__)
+
+_CLIP_NORM = 1.0
+
+
+@dataclass
+class History:
+    """What a training run did, one entry per epoch.
+
+    Attributes
+    ----------
+    training, validation
+        Mean loss over the epoch's minibatches, and the loss on held-out cells after it.
+    best_epoch
+        Epoch (from zero) whose weights were kept.
+    """
+
+    training: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+    best_epoch: int = -1
+
+
+def resolve_device(device: str) -> torch.device:
+    """``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"`` to a device that is there.
+
+    Raises
+    ------
+    ValueError
+        If the device is unknown or absent; only ``"auto"`` ever falls back.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N'; got {device!r}."
+        ) from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N'; got {device!r}.")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: expected one that is there; got {device!r}, and this machine offers "
+            f"{torch.cuda.device_count()} CUDA device(s). Use device='auto' or 'cpu'."
+        )
+    return resolved
+
+
+def initialise(module: nn.Module, generator: torch.Generator) -> None:
+    """Draw fresh weights for `module` from `generator`, PyTorch's own schemes.
+
+    PyTorch's constructors draw from the global random state. Building on the ``meta`` device and
+    initialising here leaves that state alone and makes a fit a function of its seed.
+    """
+    module.to_empty(device="cpu")
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_uniform_(layer.weight, a=5**0.5, generator=generator)
+            bound = layer.in_features**-0.5
+            nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+        elif isinstance(layer, nn.Embedding):
+            nn.init.normal_(layer.weight, generator=generator)
+        elif isinstance(layer, nn.BatchNorm1d):
+            layer.reset_parameters()
+
+
+def hold_out(
+    groups: NDArray[np.integer], fraction: float, random: np.random.Generator
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Split cells into training and held-out rows, group by group.
+
+    Every group gives ``round(fraction * n)`` cells, so small groups give none. If nothing at all
+    would be held out, the training rows serve as held-out rows too.
+    """
+    held = np.zeros(len(groups), dtype=bool)
+    for group in np.unique(groups):
+        members = random.permutation(np.flatnonzero(groups == group))
+        held[members[: round(fraction * len(members))]] = True
+    if not held.any() or held.sum() > len(held) - 2:
+        every = np.arange(len(groups))
+        return every, every
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def minibatches(
+    rows: NDArray[np.intp], batch_size: int, random: np.random.Generator | None = None
+) -> Iterator[NDArray[np.intp]]:
+    """Cut `rows`, shuffled if `random` is given, into minibatches of nearly equal size.
+
+    Equal sizes mean that no batch ever holds a single cell, which batch norm could not train on.
+    """
+    if random is not None:
+        rows = random.permutation(rows)
+    yield from np.array_split(rows, math.ceil(len(rows) / batch_size))
+
+
+def train(
+    module: nn.Module,
+    loss: Callable[[NDArray[np.intp]], Tensor],
+    validate: Callable[[], float],
+    *,
+    rows: NDArray[np.intp],
+    optimizer: torch.optim.Optimizer,
+    max_epochs: int,
+    batch_size: int,
+    patience: int,
+    random: np.random.Generator,
+    description: str,
+    verbose: bool,
+) -> History:
+    """Minimise `loss` over minibatches, stop early, and restore the best weights.
+
+    The learning rate follows half a cosine from its start to zero over `max_epochs`.
+
+    Parameters
+    ----------
+    module
+        What is trained; left in evaluation mode with its best weights.
+    loss
+        Row numbers to a scalar loss.
+    validate
+        Loss on held-out cells, called in evaluation mode without gradients.
+    rows
+        Rows to train on.
+    optimizer
+        Optimizer over the parameters of `module`.
+    max_epochs, batch_size
+        Passes over `rows`, and the largest minibatch.
+    patience
+        Epochs without a better validation loss before stopping.
+    random
+        Shuffles the rows.
+    description, verbose
+        Name and switch of the progress bar.
+
+    Returns
+    -------
+    History
+        Losses per epoch.
+
+    Raises
+    ------
+    FloatingPointError
+        If the loss is not finite, naming the epoch.
+    """
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda epoch: 0.5 * (1.0 + math.cos(math.pi * epoch / max_epochs))
+    )
+    history = History()
+    best = math.inf
+    best_weights: dict[str, Tensor] = {}
+    progress = tqdm(range(max_epochs), desc=description, unit="epoch", disable=not verbose)
+    for epoch in progress:
+        module.train()
+        running = 0.0
+        n_batches = 0
+        for batch in minibatches(rows, batch_size, random):
+            optimizer.zero_grad(set_to_none=True)
+            value = loss(batch)
+            value.backward()
+            nn.utils.clip_grad_norm_(module.parameters(), _CLIP_NORM)
+            optimizer.step()
+            running += value.item()
+            n_batches += 1
+        schedule.step()
+        module.eval()
+        with torch.no_grad():
+            validation = validate()
+        history.training.append(running / n_batches)
+        history.validation.append(validation)
+        if not (math.isfinite(running) and math.isfinite(validation)):
+            raise FloatingPointError(
+                f"{description}: expected a finite loss; got training {history.training[-1]} and "
+                f"validation {validation} in epoch {epoch}. Lower learning_rate, and check the "
+                "data for cells with extreme totals."
+            )
+        progress.set_postfix(validation=f"{validation:.4f}", refresh=False)
+        if validation < best:
+            best = validation
+            history.best_epoch = epoch
+            best_weights = {name: w.detach().clone() for name, w in module.state_dict().items()}
+        elif epoch - history.best_epoch >= patience:
+            break
+    progress.close()
+    module.load_state_dict(best_weights)
+    logger.info(
+        "%s: %d epochs, best %d, validation loss %.5f",
+        description,
+        len(history.training),
+        history.best_epoch,
+        best,
+    )
+    return history
