@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -56,22 +61,91 @@ def check_attribute(values: ArrayLike, name: str, n_cells: int | None = None) ->
     return array
 
 
-def encode(values: NDArray, categories: NDArray, name: str) -> NDArray[np.int64]:
-    """Codes of `values` in the sorted `categories`.
+@dataclass(frozen=True)
+class Attributes:
+    """The attributes a model was fitted with and their categories.
 
-    Raises
-    ------
-    ValueError
-        If a value is not among the categories; lists both.
+    Attributes
+    ----------
+    categories
+        Sorted categories of every attribute by name, ``"label"`` first.
     """
-    known = dict(zip(categories.tolist(), range(len(categories)), strict=True))
-    unseen = [v for v in np.unique(values).tolist() if v not in known]
-    if unseen:
-        raise ValueError(
-            f"{name}: expected values seen in training ({_listed(categories)}); "
-            f"got {_listed(unseen)}. Fit on cells that have them, or leave those cells out."
+
+    categories: dict[str, NDArray]
+
+    @classmethod
+    def fit(cls, values: Mapping[str, NDArray]) -> Attributes:
+        """Collect the categories of `values`, one array ``(n_cells,)`` per attribute."""
+        return cls({name: np.unique(array) for name, array in values.items()})
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the attributes, in the order of the columns of their codes."""
+        return list(self.categories)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of categories of each attribute."""
+        return [len(categories) for categories in self.categories.values()]
+
+    def encode(self, wanted: Mapping[str, NDArray], n_cells: int) -> NDArray[np.int64]:
+        """Codes ``(n_cells, n_attributes)`` of the attributes in `wanted`, -1 for the others.
+
+        Raises
+        ------
+        ValueError
+            If a value was not seen in training; lists both.
+        """
+        codes = np.full((n_cells, len(self.categories)), -1, dtype=np.int64)
+        for column, (name, categories) in enumerate(self.categories.items()):
+            if name not in wanted:
+                continue
+            values = wanted[name]
+            known = {value: code for code, value in enumerate(categories.tolist())}
+            if unseen := [v for v in np.unique(values).tolist() if v not in known]:
+                raise ValueError(
+                    f"{name}: expected values seen in training ({_listed(categories)}); got "
+                    f"{_listed(unseen)}. Fit on cells that have them, or leave those cells out."
+                )
+            codes[:, column] = [known[value] for value in values.tolist()]
+        return codes
+
+    def weights(self, guidance: float | Mapping[str, float], given: Collection[str]) -> list[float]:
+        """Guidance weight of every attribute, zero for those not `given`.
+
+        Raises
+        ------
+        ValueError
+            If `guidance` names an unknown attribute or holds anything but finite numbers.
+        """
+        if isinstance(guidance, Mapping):
+            if unknown := [name for name in guidance if name not in self.categories]:
+                raise ValueError(
+                    f"guidance: expected attributes of the model ({self.names}); got {unknown}."
+                )
+            by_name = dict.fromkeys(self.categories, 1.0) | dict(guidance)
+        else:
+            by_name = dict.fromkeys(self.categories, guidance)
+        if not all(isinstance(w, Real) and np.isfinite(w) for w in by_name.values()):
+            raise ValueError(f"guidance: expected finite numbers; got {guidance!r}.")
+        return [float(by_name[name]) if name in given else 0.0 for name in self.categories]
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        """Plain values, read back by `from_json`."""
+        return {
+            name: {"dtype": values.dtype.str, "values": values.tolist()}
+            for name, values in self.categories.items()
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Mapping[str, Any]]) -> Attributes:
+        """Read what `to_json` made."""
+        return cls(
+            {
+                name: np.array(entry["values"], dtype=np.dtype(entry["dtype"]))
+                for name, entry in document.items()
+            }
         )
-    return np.array([known[v] for v in values.tolist()], dtype=np.int64)
 
 
 def check_feature_names(names: ArrayLike, expected: NDArray) -> None:
@@ -104,5 +178,5 @@ def check_feature_names(names: ArrayLike, expected: NDArray) -> None:
     if (got != expected).any():
         raise ValueError(
             "features: expected the order the model was fitted on; got the same features in "
-            "another order. Reorder with adata[:, model.feature_names_] or df[model.feature_names_]."
+            "another order. Reorder with adata[:, model.feature_names_]."
         )

@@ -6,13 +6,14 @@ more than a minibatch dense.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-CellMatrix: TypeAlias = "NDArray | sparse.csr_matrix | sparse.csr_array"
+# An ndarray, or a CSR matrix or array. SciPy has no type that covers its sparse containers.
+CellMatrix: TypeAlias = Any
 ValueKind: TypeAlias = Literal["count", "binary", "real"]
 
 _SCAN = 1 << 22  # values checked at a time: bounds the temporaries of a whole-matrix scan
@@ -168,6 +169,15 @@ def feature_moments(
     return centre + shifted, np.maximum(square / n_cells - shifted**2, 0.0)
 
 
+def append_rows(cells: CellMatrix, new: CellMatrix) -> CellMatrix:
+    """`new` below `cells`, in the container, format and dtype of `cells`."""
+    if sparse.issparse(cells):
+        new = new if sparse.issparse(new) else sparse.csr_matrix(new)
+        return sparse.vstack([cells, new], format=cells.format, dtype=cells.dtype)
+    dense = new.toarray() if sparse.issparse(new) else new
+    return np.concatenate([cells, dense.astype(cells.dtype, copy=False)])
+
+
 def as_dtype(X: CellMatrix, dtype: np.dtype) -> tuple[CellMatrix, int]:
     """Cast drawn counts to `dtype`, holding values it cannot represent at its largest.
 
@@ -187,6 +197,5 @@ def as_dtype(X: CellMatrix, dtype: np.dtype) -> tuple[CellMatrix, int]:
     values = X.data if sparse.issparse(X) else X
     too_large = int((values > limit).sum())
     if too_large:
-        X = X.copy()
-        np.minimum(X.data if sparse.issparse(X) else X, limit, out=X.data if sparse.issparse(X) else X)
+        X = X.minimum(limit) if sparse.issparse(X) else np.minimum(X, limit)
     return X.astype(dtype, copy=False), too_large

@@ -12,6 +12,7 @@ Symbols: ``x`` counts, ``mu`` mean, ``theta`` inverse dispersion, ``l`` size fac
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ class Likelihood(nn.Module):
         return torch.log1p(x)
 
     def natural(self, output: Tensor, log_size: Tensor | None) -> Tensor:
-        """Decoder output ``(n, n_features)`` and log size factor ``(n, 1)`` to the natural scale."""
+        """Natural scale of decoder output ``(n, n_features)`` and log size factor ``(n, 1)``."""
         return output
 
     def log_prob(self, x: Tensor, natural: Tensor, group: Tensor | None = None) -> Tensor:
@@ -82,11 +83,13 @@ class _Composition(Likelihood):
     uses_size_factor = True
 
     def initialise(self, mean: np.ndarray, variance: np.ndarray, totals: np.ndarray) -> Tensor:
+        """Start from the data's moments, see `Likelihood.initialise`."""
         # Half a count in the whole data set for genes never seen, so that their log is finite.
         profile = mean + 0.5 / len(totals)
         return torch.as_tensor(np.log(profile / profile.sum()), dtype=torch.float32)
 
     def natural(self, output: Tensor, log_size: Tensor | None) -> Tensor:
+        """Log mean, ``log_softmax(output) + log l``."""
         if log_size is None:
             raise ValueError(f"{type(self).__name__} needs the cells' size factors")
         return F.log_softmax(output, dim=-1) + log_size
@@ -113,6 +116,7 @@ class NegativeBinomial(_Composition):
         self.log_theta = nn.Parameter(torch.zeros(n_groups, n_features))
 
     def initialise(self, mean: np.ndarray, variance: np.ndarray, totals: np.ndarray) -> Tensor:
+        """Start from the data's moments, see `Likelihood.initialise`."""
         # Method of moments for the whole population; the fit then lowers the dispersion by what
         # the decoder explains. Depth varies too, which inflates the variance by mean^2 cv^2.
         depth_cv2 = totals.var() / totals.mean() ** 2
@@ -135,6 +139,7 @@ class NegativeBinomial(_Composition):
         return log_theta[group]
 
     def log_prob(self, x: Tensor, natural: Tensor, group: Tensor | None = None) -> Tensor:
+        """``log NB(x | mu, theta)`` with ``natural = log mu``."""
         log_theta = self._log_theta(group)
         theta = log_theta.exp()
         log_total = torch.logaddexp(log_theta, natural)  # log(theta + mu)
@@ -149,6 +154,7 @@ class NegativeBinomial(_Composition):
     def sample(
         self, natural: Tensor, group: Tensor | None = None, *, generator: torch.Generator
     ) -> sparse.csr_matrix:
+        """Draw one cell per row, see `Likelihood.sample`."""
         log_theta = self._log_theta(group)
         theta = log_theta.exp()
         mu = natural.exp()
@@ -173,11 +179,13 @@ class Poisson(_Composition):
     r"""Poisson counts with mean ``mu = softmax(output) * l``."""
 
     def log_prob(self, x: Tensor, natural: Tensor, group: Tensor | None = None) -> Tensor:
+        """``x log mu - mu - log x!`` with ``natural = log mu``."""
         return x * natural - natural.exp() - torch.lgamma(x + 1.0)
 
     def sample(
         self, natural: Tensor, group: Tensor | None = None, *, generator: torch.Generator
     ) -> sparse.csr_matrix:
+        """Draw one cell per row, see `Likelihood.sample`."""
         mu = natural.exp()
 
         def recurrence(at: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,15 +204,18 @@ class Bernoulli(Likelihood):
     values = "binary"
 
     def initialise(self, mean: np.ndarray, variance: np.ndarray, totals: np.ndarray) -> Tensor:
+        """Start from the data's moments, see `Likelihood.initialise`."""
         present = (mean * len(totals) + 0.5) / (len(totals) + 1.0)
         return torch.as_tensor(np.log(present / (1.0 - present)), dtype=torch.float32)
 
     def log_prob(self, x: Tensor, natural: Tensor, group: Tensor | None = None) -> Tensor:
+        """``x log p + (1 - x) log(1 - p)`` with ``natural = logit p``."""
         return -F.binary_cross_entropy_with_logits(natural, x, reduction="none")
 
     def sample(
         self, natural: Tensor, group: Tensor | None = None, *, generator: torch.Generator
     ) -> sparse.csr_matrix:
+        """Draw one cell per row, see `Likelihood.sample`."""
         present = _uniform_like(natural, generator) < torch.sigmoid(natural)
         at = present.reshape(-1).nonzero().reshape(-1)
         return _to_csr(at, torch.ones_like(at), natural.shape)
@@ -224,6 +235,7 @@ class Gaussian(Likelihood):
         self.feature_scale: Tensor
 
     def initialise(self, mean: np.ndarray, variance: np.ndarray, totals: np.ndarray) -> Tensor:
+        """Start from the data's moments, see `Likelihood.initialise`."""
         scale = np.sqrt(variance)
         # A constant feature carries nothing: any scale leaves its standardised value at zero.
         scale[scale <= 1e-6 * np.abs(mean)] = 1e-6
@@ -234,15 +246,18 @@ class Gaussian(Likelihood):
         return torch.zeros(len(mean))
 
     def encoder_input(self, x: Tensor) -> Tensor:
+        """Standardised features."""
         return (x - self.feature_mean) / self.feature_scale
 
     def natural(self, output: Tensor, log_size: Tensor | None) -> Tensor:
+        """Mean of every feature, in the units of the data."""
         return self.feature_mean + self.feature_scale * output
 
     def _scale(self) -> Tensor:
         return self.feature_scale * self.log_scale.clamp(-10.0, 10.0).exp()
 
     def log_prob(self, x: Tensor, natural: Tensor, group: Tensor | None = None) -> Tensor:
+        """Log density of ``N(natural, scale^2)``."""
         scale = self._scale()
         return (
             -0.5 * torch.square((x - natural) / scale) - scale.log() - 0.5 * math.log(2.0 * math.pi)
@@ -251,8 +266,24 @@ class Gaussian(Likelihood):
     def sample(
         self, natural: Tensor, group: Tensor | None = None, *, generator: torch.Generator
     ) -> np.ndarray:
+        """Draw one cell per row, see `Likelihood.sample`."""
         noise = torch.empty_like(natural).normal_(generator=generator)
         return (natural + self._scale() * noise).cpu().numpy()
+
+
+_KINDS: dict[str, type[Likelihood]] = {
+    "nb": NegativeBinomial,
+    "poisson": Poisson,
+    "bernoulli": Bernoulli,
+    "gaussian": Gaussian,
+}
+
+LIKELIHOODS = tuple(_KINDS)
+
+
+def value_kind(name: str) -> ValueKind:
+    """What the data of the noise model called `name` must look like."""
+    return _KINDS[name].values
 
 
 def make_likelihood(name: str, n_features: int, n_groups: int = 1) -> Likelihood:
@@ -263,6 +294,8 @@ def make_likelihood(name: str, n_features: int, n_groups: int = 1) -> Likelihood
     ValueError
         If the name is unknown, or groups are asked of a model without a dispersion.
     """
+    if name not in _KINDS:
+        raise ValueError(f"likelihood: expected one of {LIKELIHOODS}; got {name!r}.")
     if name == "nb":
         return NegativeBinomial(n_features, n_groups)
     if n_groups > 1:
@@ -270,15 +303,7 @@ def make_likelihood(name: str, n_features: int, n_groups: int = 1) -> Likelihood
             f"dispersion='gene-label': expected likelihood='nb'; got likelihood={name!r}, which "
             "has no inverse dispersion. Use dispersion='gene'."
         )
-    if name == "poisson":
-        return Poisson()
-    if name == "bernoulli":
-        return Bernoulli()
-    if name == "gaussian":
-        return Gaussian(n_features)
-    raise ValueError(
-        f"likelihood: expected 'nb', 'poisson', 'bernoulli' or 'gaussian'; got {name!r}."
-    )
+    return Gaussian(n_features) if name == "gaussian" else _KINDS[name]()
 
 
 def _uniform_like(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -290,7 +315,13 @@ def _standard_gamma(shape: Tensor, generator: torch.Generator) -> Tensor:
     return torch._standard_gamma(shape, generator=generator)
 
 
-def _draw_counts(log_zero, walk, recurrence, mixture, generator):  # type: ignore[no-untyped-def]
+def _draw_counts(
+    log_zero: Tensor,
+    walk: Tensor,
+    recurrence: Callable[[Tensor], tuple[Tensor, Tensor]],
+    mixture: Callable[[Tensor], Tensor],
+    generator: torch.Generator,
+) -> sparse.csr_matrix:
     """Draw counts of the Panjer (a, b, 0) family without visiting the zeros twice.
 
     Both families obey ``P(k + 1) = P(k) (a + b k) / (k + 1)``: Poisson with ``a = mu, b = 0``,

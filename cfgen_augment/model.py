@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +21,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cfgen_augment import checkpoint
-from cfgen_augment.attributes import check_attribute, check_feature_names, encode
-from cfgen_augment.autoencoder import Autoencoder
-from cfgen_augment.counts import (
-    CellMatrix,
-    as_dtype,
-    check_cells,
-    dense_rows,
-    feature_moments,
-    total_counts,
-)
-from cfgen_augment.flow import VelocityField, drop_attributes, flow_matching_loss, guided
-from cfgen_augment.likelihoods import Likelihood, make_likelihood
+from cfgen_augment.attributes import Attributes, check_attribute, check_feature_names
+from cfgen_augment.counts import CellMatrix, as_dtype, check_cells, total_counts
+from cfgen_augment.likelihoods import value_kind
+from cfgen_augment.network import Network
+from cfgen_augment.parameters import RandomState, check_parameters, entropy, pair
 from cfgen_augment.size_factors import LogNormalSizeFactor
-from cfgen_augment.solver import SOLVERS, integrate
-from cfgen_augment.training import (
-    History,
-    hold_out,
-    initialise,
-    minibatches,
-    resolve_device,
-    train,
-)
+from cfgen_augment.stages import BLOCK, encode_cells, train_autoencoder, train_flow
+from cfgen_augment.training import History, Schedule, hold_out, resolve_device, seeded
 
 LABEL = "label"  # name of the attribute that holds the cells' labels
 
-_DISPERSION_SPEED = 50.0  # learning rate of the noise model's own parameters, relative
-_BLOCK = 1024  # cells encoded, integrated, decoded and drawn at a time
-
-RandomState = int | np.random.Generator | np.random.RandomState | None
+# max_epochs="auto": minibatches to aim at, fewest and most epochs; autoencoder and flow.
+_AUTO_EPOCHS = ((1_200, 20, 300), (4_000, 40, 1_000))
 
 
 class CFGen:
@@ -110,24 +97,18 @@ class CFGen:
     ----------
     classes_ : ndarray of shape (n_labels,)
         Labels seen in training, sorted.
-    categories_ : dict of str to ndarray
-        Categories of every attribute, ``"label"`` first.
+    attributes_ : Attributes
+        Every attribute and its categories, ``"label"`` first.
     n_features_in_ : int
         Number of features.
     feature_names_ : ndarray of str or None
         Names of the features, if they were given.
     dtype_ : dtype
         Dtype of the training matrix, and of what is generated.
-    autoencoder_ : Autoencoder
-        The trained autoencoder, on `device_`.
-    field_ : VelocityField
-        The trained velocity field, on `device_`.
-    latent_mean_, latent_scale_ : Tensor of shape (n_latent,)
-        What the latents were standardised by.
+    network_ : Network
+        The trained autoencoder and velocity field, on `device_`.
     size_factor_ : LogNormalSizeFactor
         The fitted distribution of total counts.
-    size_factor_shares_ : ndarray of shape (n_groups,)
-        Share of training cells in each group of the size-factor fit.
     history_ : dict of str to History
         Losses of ``"autoencoder"`` and ``"flow"``.
     device_ : torch.device
@@ -140,9 +121,9 @@ class CFGen:
 
     Notes
     -----
-    With ``max_epochs="auto"`` the autoencoder gets some 3,000 minibatches and the flow some
-    10,000, but between 20 and 400 and between 50 and 2,000 epochs. Early stopping usually ends
-    them sooner.
+    With ``max_epochs="auto"`` the autoencoder gets some 1,200 minibatches and the flow some
+    4,000, but between 20 and 300 and between 40 and 1,000 epochs. Learning rates are annealed to
+    zero over that many; early stopping may end them sooner.
 
     A held-out cell that stops training early is still encoded and learned by the flow; it is
     part of the training data, never of a test set.
@@ -173,11 +154,11 @@ class CFGen:
         condition_on_size_factor: bool = False,
         n_latent: int = 50,
         hidden: Sequence[int] = (512, 256),
-        flow_width: int = 256,
+        flow_width: int = 128,
         flow_blocks: int = 3,
         max_epochs: str | int | tuple[int, int] = "auto",
         batch_size: int = 256,
-        learning_rate: float | tuple[float, float] = 1e-3,
+        learning_rate: float | tuple[float, float] = 2e-3,
         attribute_dropout: float = 0.2,
         validation_fraction: float = 0.1,
         patience: int = 30,
@@ -246,79 +227,67 @@ class CFGen:
         FloatingPointError
             If training diverges.
         """
-        self._check_parameters()
+        check_parameters(self.__dict__)
         device = resolve_device(self.device)
-        attributes = self._check_attributes(labels, covariates)
-        likelihood = self._make_likelihood(n_features=1, n_labels=1)  # what values to expect
-        X = check_cells(X, likelihood.values, n_min=2)
-        for name, values in attributes.items():
+        given = self._check_attributes(labels, covariates)
+        X = check_cells(X, value_kind(self.likelihood), n_min=2)
+        for name, values in given.items():
             check_attribute(values, name, X.shape[0])
         names = None if feature_names is None else np.asarray(feature_names).astype(str)
         if names is not None:
             check_attribute(names, "feature_names", X.shape[1])
             check_feature_names(names, names)
 
-        self.categories_ = {name: np.unique(values) for name, values in attributes.items()}
-        self.classes_ = self.categories_[LABEL]
+        self.__dict__.pop("network_", None)  # a failed refit must not leave half of each
+        self.attributes_ = Attributes.fit(given)
         self.n_features_in_ = X.shape[1]
         self.feature_names_ = names
         self.dtype_ = X.dtype
-        self.device_ = device
-        self.history_: dict[str, History] = {}
-        codes = np.stack(
-            [encode(values, self.categories_[name], name) for name, values in attributes.items()],
-            axis=1,
-        )
-        totals = total_counts(X) if likelihood.uses_size_factor else np.ones(X.shape[0])
-        groups, n_groups = self._size_factor_groups(codes)
-        self.size_factor_ = LogNormalSizeFactor.fit(totals, groups, n_groups)
-        self.size_factor_shares_ = np.bincount(groups, minlength=n_groups) / len(groups)
+        codes = self.attributes_.encode(given, X.shape[0])
+        network = self._layout()
+        network.to_empty(device="cpu")
+        scaled = network.autoencoder.likelihood.uses_size_factor
+        totals = total_counts(X) if scaled else np.ones(X.shape[0])
+        self.size_factor_ = LogNormalSizeFactor.fit(totals, *self._size_factor_groups(codes))
 
-        seeds = np.random.SeedSequence(_entropy(self.random_state)).spawn(3)
+        seeds = np.random.SeedSequence(entropy(self.random_state)).spawn(3)
         split, for_autoencoder, for_flow = (np.random.default_rng(seed) for seed in seeds)
         rows, held_out = hold_out(codes[:, 0], self.validation_fraction, split)
-        self._build_modules()
-        self._fit_autoencoder(X, codes[:, 0], totals, rows, held_out, for_autoencoder)
-        latents = self._standardised_latents(X)
-        self._fit_flow(latents, codes, totals, rows, held_out, for_flow)
+        schedules = self._schedules(len(rows))
+        history = {
+            "autoencoder": train_autoencoder(
+                network.autoencoder,
+                X,
+                codes[:, 0],
+                totals,
+                rows=rows,
+                held_out=held_out,
+                schedule=schedules[0],
+                device=device,
+                random=for_autoencoder,
+                verbose=self.verbose,
+            )
+        }
+        latents = network.standardise(encode_cells(network.autoencoder, X, device))
+        history["flow"] = train_flow(
+            network.field,
+            latents,
+            torch.as_tensor(codes + 1, device=device),
+            self._flow_size(totals, device),
+            dropout=self.attribute_dropout,
+            rows=rows,
+            held_out=held_out,
+            schedule=schedules[1],
+            random=for_flow,
+            verbose=self.verbose,
+        )
+        self.network_, self.history_ = network.requires_grad_(False), history
         return self
 
-    def _check_parameters(self) -> None:
-        def require(name: str, ok: bool, expected: str) -> None:
-            if not ok:
-                raise ValueError(f"{name}: expected {expected}; got {getattr(self, name)!r}.")
-
-        def whole(value: object, least: int) -> bool:
-            return (
-                isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
-            )
-
-        likelihoods = ("nb", "poisson", "bernoulli", "gaussian")
-        require("likelihood", self.likelihood in likelihoods, f"one of {likelihoods}")
-        require("dispersion", self.dispersion in ("gene", "gene-label"), "'gene' or 'gene-label'")
-        require("size_factor", isinstance(self.size_factor, str), "a string")
-        require("solver", self.solver in SOLVERS, f"one of {SOLVERS}")
-        for name in ("n_latent", "flow_width", "flow_blocks", "patience", "n_steps"):
-            require(name, whole(getattr(self, name), 1), "a whole number of at least 1")
-        require("batch_size", whole(self.batch_size, 2), "a whole number of at least 2")
-        require(
-            "hidden",
-            len(self.hidden) > 0 and all(whole(width, 1) for width in self.hidden),
-            "at least one width, each a whole number of at least 1",
-        )
-        require(
-            "max_epochs",
-            self.max_epochs == "auto" or all(whole(n, 1) for n in _pair(self.max_epochs)),
-            "'auto', a whole number of at least 1, or a pair of them",
-        )
-        require(
-            "learning_rate",
-            all(isinstance(r, Real) and r > 0 for r in _pair(self.learning_rate)),
-            "a positive number, or a pair of them",
-        )
-        for name in ("attribute_dropout", "validation_fraction"):
-            value = getattr(self, name)
-            require(name, isinstance(value, Real) and 0 <= value < 1, "a number in [0, 1)")
+    @property
+    def classes_(self) -> NDArray:
+        """Labels seen in training, sorted."""
+        return self.attributes_.categories[LABEL]
 
     def _check_attributes(
         self, labels: ArrayLike, covariates: Mapping[str, ArrayLike] | None
@@ -339,163 +308,54 @@ class CFGen:
             )
         return attributes
 
-    def _make_likelihood(self, n_features: int, n_labels: int) -> Likelihood:
-        n_groups = n_labels if self.dispersion == "gene-label" else 1
-        return make_likelihood(self.likelihood, n_features, n_groups)
+    @property
+    def device_(self) -> torch.device:
+        """Where the fitted model is."""
+        return self.network_.device
 
-    def _build_modules(self) -> None:
-        """Lay out both networks without memory or weights; training or loading fills them."""
+    def _layout(self) -> Network:
+        """The networks without memory or weights; training or loading fills them."""
         with torch.device("meta"):
-            self.autoencoder_ = Autoencoder(
-                self._make_likelihood(self.n_features_in_, len(self.classes_)),
-                self.n_features_in_,
-                self.n_latent,
-                self.hidden,
-            )
-            self.field_ = VelocityField(
-                self.n_latent,
-                [len(categories) for categories in self.categories_.values()],
-                width=self.flow_width,
-                n_blocks=self.flow_blocks,
-                n_embedding=self.flow_width,
+            return Network(
+                likelihood=self.likelihood,
+                n_groups=len(self.classes_) if self.dispersion == "gene-label" else 1,
+                n_features=self.n_features_in_,
+                n_latent=self.n_latent,
+                hidden=self.hidden,
+                n_categories=self.attributes_.sizes,
+                flow_width=self.flow_width,
+                flow_blocks=self.flow_blocks,
                 size_factor=self.condition_on_size_factor,
             )
 
     def _size_factor_groups(self, codes: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+        """Group of every cell in the size-factor fit (-1: not given), and number of groups."""
         if self.size_factor == "shared":
             return np.zeros(len(codes), dtype=np.int64), 1
-        column = list(self.categories_).index(self.size_factor)
-        return codes[:, column], len(self.categories_[self.size_factor])
+        column = self.attributes_.names.index(self.size_factor)
+        return codes[:, column], self.attributes_.sizes[column]
 
-    def _epochs(self, n_rows: int) -> tuple[int, int]:
-        if self.max_epochs != "auto":
-            autoencoder, flow = _pair(self.max_epochs)
-            return int(autoencoder), int(flow)
-        per_epoch = -(-n_rows // self.batch_size)
-        return (
-            min(max(round(3_000 / per_epoch), 20), 400),
-            min(max(round(10_000 / per_epoch), 50), 2_000),
-        )
-
-    def _fit_autoencoder(
-        self,
-        X: CellMatrix,
-        labels: NDArray[np.int64],
-        totals: NDArray[np.float64],
-        rows: NDArray[np.intp],
-        held_out: NDArray[np.intp],
-        random: np.random.Generator,
-    ) -> None:
-        model, device = self.autoencoder_, self.device_
-        initialise(model, _generator(random, torch.device("cpu")))
-        mean, variance = feature_moments(X)
-        bias = model.likelihood.initialise(mean, variance, totals)
-        with torch.no_grad():
-            model.output_bias.copy_(bias)
-        model.to(device)
-        log_totals = torch.as_tensor(np.log(totals), dtype=torch.float32)[:, None]
-        groups = torch.as_tensor(labels)
-
-        def loss(batch: NDArray[np.intp]) -> Tensor:
-            x = torch.from_numpy(dense_rows(X, batch)).to(device)
-            at = torch.from_numpy(batch)
-            return model.negative_log_likelihood(
-                x, log_totals[at].to(device), groups[at].to(device)
+    def _schedules(self, n_rows: int) -> tuple[Schedule, Schedule]:
+        """Schedules of the autoencoder and of the flow."""
+        epochs = pair(self.max_epochs)
+        if self.max_epochs == "auto":
+            per_epoch = math.ceil(n_rows / self.batch_size)
+            autoencoder, flow = (
+                min(max(round(steps / per_epoch), low), high) for steps, low, high in _AUTO_EPOCHS
             )
-
-        def validate() -> float:
-            parts = list(minibatches(held_out, _BLOCK))
-            return sum(loss(part).item() * len(part) for part in parts) / len(held_out)
-
-        own = list(model.likelihood.parameters())
-        network = [*model.encoder.parameters(), *model.decoder.parameters()]
-        rate = float(_pair(self.learning_rate)[0])
-        groups_of_parameters: list[dict[str, Any]] = [{"params": network, "lr": rate}]
-        if own:
-            # At the network's rate the dispersion is still near its start when the mean has
-            # long converged, and synthetic cells come out too variable.
-            groups_of_parameters.append(
-                {"params": own, "lr": rate * _DISPERSION_SPEED, "weight_decay": 0.0}
-            )
-        self.history_["autoencoder"] = train(
-            model,
-            loss,
-            validate,
-            rows=rows,
-            optimizer=torch.optim.AdamW(groups_of_parameters, weight_decay=1e-5),
-            max_epochs=self._epochs(len(rows))[0],
-            batch_size=self.batch_size,
-            patience=self.patience,
-            random=random,
-            description="autoencoder",
-            verbose=self.verbose,
+            epochs = autoencoder, flow
+        first, second = (
+            Schedule(float(rate), int(n), int(self.batch_size), int(self.patience))
+            for rate, n in zip(pair(self.learning_rate), epochs, strict=True)
         )
+        return first, second
 
-    @torch.inference_mode()
-    def _standardised_latents(self, X: CellMatrix) -> Tensor:
-        """Latents of all cells, each dimension with mean 0 and standard deviation 1."""
-        blocks = [
-            self.autoencoder_.encode(torch.from_numpy(dense_rows(X, rows)).to(self.device_))
-            for rows in minibatches(np.arange(X.shape[0]), _BLOCK)
-        ]
-        latents = torch.cat(blocks)
-        self.latent_mean_ = latents.mean(dim=0).clone()
-        self.latent_scale_ = latents.std(dim=0, correction=0).clamp_min(1e-6).clone()
-        return (latents - self.latent_mean_) / self.latent_scale_
-
-    def _fit_flow(
-        self,
-        latents: Tensor,
-        codes: NDArray[np.int64],
-        totals: NDArray[np.float64],
-        rows: NDArray[np.intp],
-        held_out: NDArray[np.intp],
-        random: np.random.Generator,
-    ) -> None:
-        field, device = self.field_, self.device_
-        initialise(field, _generator(random, torch.device("cpu")))
-        field.start_at_zero()
-        field.to(device)
-        attributes = torch.as_tensor(codes + 1, device=device)
-        log_size = self._scaled_log_size(totals)
-        draws = _generator(random, device)
-        validation_seed = int(random.integers(2**63))
-
-        def loss_with(batch: NDArray[np.intp], generator: torch.Generator) -> Tensor:
-            at = torch.from_numpy(batch).to(device)
-            given = drop_attributes(attributes[at], self.attribute_dropout, generator)
-            size = None if log_size is None else log_size[at]
-            return flow_matching_loss(field, latents[at].clone(), given, size, generator)
-
-        def validate() -> float:
-            # The same noise, times and dropped attributes in every epoch, and enough of them
-            # that a small held-out part does not stop training by chance.
-            generator = torch.Generator(device).manual_seed(validation_seed)
-            repeated = np.tile(held_out, -(-_BLOCK * 4 // len(held_out)))
-            parts = list(minibatches(repeated, _BLOCK * 4))
-            return sum(loss_with(p, generator).item() * len(p) for p in parts) / len(repeated)
-
-        self.history_["flow"] = train(
-            field,
-            lambda batch: loss_with(batch, draws),
-            validate,
-            rows=rows,
-            optimizer=torch.optim.AdamW(
-                field.parameters(), lr=float(_pair(self.learning_rate)[1]), weight_decay=1e-6
-            ),
-            max_epochs=self._epochs(len(rows))[1],
-            batch_size=self.batch_size,
-            patience=self.patience,
-            random=random,
-            description="flow",
-            verbose=self.verbose,
-        )
-
-    def _scaled_log_size(self, totals: NDArray[np.float64]) -> Tensor | None:
+    def _flow_size(self, totals: NDArray[np.float64], device: torch.device) -> Tensor | None:
+        """Size factors as the flow sees them, ``(n, 1)``, or None if it does not."""
         if not self.condition_on_size_factor:
             return None
         scaled = self.size_factor_.scaled(totals)
-        return torch.as_tensor(scaled, dtype=torch.float32, device=self.device_)[:, None]
+        return torch.as_tensor(scaled, dtype=torch.float32, device=device)[:, None]
 
     # ------------------------------------------------------------- generate
 
@@ -547,25 +407,26 @@ class CFGen:
             largest value.
         """
         self._check_fitted()
-        codes, given = self._encode_wanted(labels, covariates, n_cells)
-        n = len(codes)
-        weights = self._weights(guidance, given)
-        if self.dispersion == "gene-label" and LABEL not in given:
+        wanted, n = self._check_wanted(labels, covariates, n_cells)
+        codes = self.attributes_.encode(wanted, n)
+        weights = self.attributes_.weights(
+            self.guidance if guidance is None else guidance, wanted.keys()
+        )
+        if self.dispersion == "gene-label" and LABEL not in wanted:
             raise ValueError(
                 "dispersion='gene-label': expected labels for the cells to generate; got none. "
                 "Pass labels (with guidance={'label': 0} to keep them out of the flow)."
             )
-        if random_state is None:
-            random_state = self.random_state
-        random = np.random.default_rng(_entropy(random_state))
-        totals = self._totals(size_factors, codes, given, random)
-        generator = _generator(random, self.device_)
+        seed = self.random_state if random_state is None else random_state
+        random = np.random.default_rng(entropy(seed))
+        totals = self._totals(size_factors, codes, random)
+        generator = seeded(random, self.device_)
 
         blocks = []
         too_large = 0
-        starts = range(0, n, _BLOCK)
+        starts = range(0, n, BLOCK)
         for start in tqdm(starts, desc="generate", unit="block", disable=not self.verbose):
-            block = slice(start, min(start + _BLOCK, n))
+            block = slice(start, min(start + BLOCK, n))
             drawn = self._generate_block(codes[block], weights, totals[block], generator)
             if self.likelihood == "gaussian":
                 blocks.append(drawn.astype(np.result_type(self.dtype_, np.float32), copy=False))
@@ -595,29 +456,33 @@ class CFGen:
         totals: NDArray[np.float64],
         generator: torch.Generator,
     ) -> sparse.csr_matrix | NDArray:
-        attributes = torch.as_tensor(codes + 1, device=self.device_)
-        noise = torch.empty((len(codes), self.n_latent), device=self.device_)
-        noise.normal_(generator=generator)
-        velocity = guided(self.field_, attributes, weights, self._scaled_log_size(totals))
-        standardised = integrate(velocity, noise, solver=self.solver, n_steps=self.n_steps)
-        z = self.latent_mean_ + self.latent_scale_ * standardised
-        log_size = torch.as_tensor(np.log(totals), dtype=torch.float32, device=self.device_)
-        natural = self.autoencoder_.decode(z, log_size[:, None])
-        return self.autoencoder_.likelihood.sample(natural, attributes[:, 0] - 1, generator=generator)
+        device = self.device_
+        attributes = torch.as_tensor(codes + 1, device=device)
+        noise = torch.empty((len(codes), self.n_latent), device=device)
+        latents = self.network_.latents(
+            noise.normal_(generator=generator),
+            attributes,
+            weights,
+            self._flow_size(totals, device),
+            solver=self.solver,
+            n_steps=self.n_steps,
+        )
+        log_size = torch.as_tensor(np.log(totals), dtype=torch.float32, device=device)
+        return self.network_.draw(latents, log_size[:, None], attributes[:, 0] - 1, generator)
 
-    def _encode_wanted(
+    def _check_wanted(
         self,
         labels: ArrayLike | None,
         covariates: Mapping[str, ArrayLike] | None,
         n_cells: int | None,
-    ) -> tuple[NDArray[np.int64], list[str]]:
-        """Codes ``(n, n_attributes)`` of the attributes given (-1 elsewhere), and their names."""
+    ) -> tuple[dict[str, NDArray], int]:
+        """Attributes that were given, by name, and the number of cells."""
         wanted: dict[str, NDArray] = {}
         if labels is not None:
             wanted[LABEL] = check_attribute(labels, "labels")
         for name, values in (covariates or {}).items():
-            if name not in self.categories_ or name == LABEL:
-                known = [known for known in self.categories_ if known != LABEL]
+            known = self.attributes_.names[1:]
+            if name not in known:
                 raise ValueError(
                     f"covariates: expected names the model was fitted with ({known}); got "
                     f"{name!r}. Fit with covariates={{{name!r}: ...}}, or leave it out."
@@ -633,35 +498,12 @@ class CFGen:
             )
         if len(set(lengths.values())) > 1:
             raise ValueError(f"generate: expected equal lengths; got {lengths}.")
-        codes = np.full((next(iter(lengths.values())), len(self.categories_)), -1, dtype=np.int64)
-        for column, (name, categories) in enumerate(self.categories_.items()):
-            if name in wanted:
-                codes[:, column] = encode(wanted[name], categories, name)
-        return codes, list(wanted)
-
-    def _weights(
-        self, guidance: float | Mapping[str, float] | None, given: Sequence[str]
-    ) -> list[float]:
-        """Guidance weight of every attribute, zero for those not given."""
-        guidance = self.guidance if guidance is None else guidance
-        if isinstance(guidance, Mapping):
-            if unknown := [name for name in guidance if name not in self.categories_]:
-                raise ValueError(
-                    f"guidance: expected attributes of the model ({list(self.categories_)}); "
-                    f"got {unknown}."
-                )
-            by_name = dict.fromkeys(self.categories_, 1.0) | dict(guidance)
-        else:
-            by_name = dict.fromkeys(self.categories_, guidance)
-        if not all(isinstance(w, Real) and np.isfinite(w) for w in by_name.values()):
-            raise ValueError(f"guidance: expected finite numbers; got {guidance!r}.")
-        return [float(by_name[name]) if name in given else 0.0 for name in self.categories_]
+        return wanted, next(iter(lengths.values()))
 
     def _totals(
         self,
         size_factors: ArrayLike | None,
         codes: NDArray[np.int64],
-        given: Sequence[str],
         random: np.random.Generator,
     ) -> NDArray[np.float64]:
         n = len(codes)
@@ -673,12 +515,9 @@ class CFGen:
                     f"smallest value {totals.min(initial=np.inf):g}."
                 )
             return totals
-        if not self.autoencoder_.likelihood.uses_size_factor:
+        if not self.network_.autoencoder.likelihood.uses_size_factor:
             return np.ones(n)
-        groups, n_groups = self._size_factor_groups(codes)
-        if self.size_factor not in ("shared", *given):
-            # The attribute that depth depends on was left out: a group as common as in training.
-            groups = random.choice(n_groups, size=n, p=self.size_factor_shares_)
+        groups, _ = self._size_factor_groups(codes)
         return self.size_factor_.sample(groups, random)
 
     # --------------------------------------------------------- save and load
@@ -707,31 +546,18 @@ class CFGen:
             model.
         """
         self._check_fitted()
-        tensors = {
-            **{f"autoencoder.{k}": v for k, v in self.autoencoder_.state_dict().items()},
-            **{f"field.{k}": v for k, v in self.field_.state_dict().items()},
-            "latent_mean": self.latent_mean_,
-            "latent_scale": self.latent_scale_,
-        }
         fitted = {
-            "categories": {
-                name: {"dtype": values.dtype.str, "values": values.tolist()}
-                for name, values in self.categories_.items()
-            },
+            "attributes": self.attributes_.to_json(),
             "n_features": self.n_features_in_,
             "feature_names": None if self.feature_names_ is None else self.feature_names_.tolist(),
             "dtype": self.dtype_.str,
-            "size_factor": {
-                "mean": self.size_factor_.mean.tolist(),
-                "scale": self.size_factor_.scale.tolist(),
-                "lowest": self.size_factor_.lowest,
-                "highest": self.size_factor_.highest,
-            },
-            "size_factor_shares": self.size_factor_shares_.tolist(),
+            "size_factor": self.size_factor_.to_json(),
             "history": {name: asdict(history) for name, history in self.history_.items()},
         }
         config = {"parameters": self._parameters(), "fitted": fitted}
-        return checkpoint.save(Path(directory), tensors, config, overwrite=overwrite)
+        return checkpoint.save(
+            Path(directory), self.network_.state_dict(), config, overwrite=overwrite
+        )
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], *, device: str = "auto") -> CFGen:
@@ -766,86 +592,61 @@ class CFGen:
                 f"{directory}: expected a model saved by this version of cfgen-augment; its "
                 f"configuration and weights do not fit together ({error}). Save the model again."
             ) from error
-        model._to(resolved)
-        return model
+        return model.to(resolved)
 
     def _restore(self, fitted: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.categories_ = {
-            name: np.array(entry["values"], dtype=np.dtype(entry["dtype"]))
-            for name, entry in fitted["categories"].items()
-        }
-        self.classes_ = self.categories_[LABEL]
+        self.attributes_ = Attributes.from_json(fitted["attributes"])
         self.n_features_in_ = int(fitted["n_features"])
         names = fitted["feature_names"]
         self.feature_names_ = None if names is None else np.array(names, dtype=str)
         self.dtype_ = np.dtype(fitted["dtype"])
-        size_factor = fitted["size_factor"]
-        self.size_factor_ = LogNormalSizeFactor(
-            np.array(size_factor["mean"]),
-            np.array(size_factor["scale"]),
-            float(size_factor["lowest"]),
-            float(size_factor["highest"]),
-        )
-        self.size_factor_shares_ = np.array(fitted["size_factor_shares"])
+        self.size_factor_ = LogNormalSizeFactor.from_json(fitted["size_factor"])
         self.history_ = {name: History(**entry) for name, entry in fitted["history"].items()}
-        self._build_modules()
-        for prefix, module in (("autoencoder", self.autoencoder_), ("field", self.field_)):
-            state = {
-                name.removeprefix(prefix + "."): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(prefix + ".")
-            }
-            module.load_state_dict(state, strict=True, assign=True)
-            module.eval()
-        self.latent_mean_ = tensors["latent_mean"]
-        self.latent_scale_ = tensors["latent_scale"]
+        network = self._layout()
+        network.load_state_dict(tensors, strict=True, assign=True)
+        self.network_ = network.eval().requires_grad_(False)
 
     def _parameters(self) -> dict[str, Any]:
         """Constructor parameters that a saved model keeps: not the device, not live generators."""
-        names = ("likelihood dispersion size_factor condition_on_size_factor n_latent hidden "
-                 "flow_width flow_blocks max_epochs batch_size learning_rate attribute_dropout "
-                 "validation_fraction patience solver n_steps guidance verbose").split()
-        parameters = {name: getattr(self, name) for name in names}
+        names = inspect.signature(type(self).__init__).parameters.keys()
+        kept = names - {"self", "device", "random_state"}
+        parameters = {name: getattr(self, name) for name in sorted(kept)}
         parameters["random_state"] = (
             int(self.random_state) if isinstance(self.random_state, Integral) else None
         )
         return parameters
 
-    def _to(self, device: torch.device) -> None:
-        self.device_ = device
-        self.autoencoder_.to(device)
-        self.field_.to(device)
-        self.latent_mean_ = self.latent_mean_.to(device)
-        self.latent_scale_ = self.latent_scale_.to(device)
+    def to(self, device: str | torch.device) -> CFGen:
+        """Move the fitted model to a device, in place.
+
+        Parameters
+        ----------
+        device
+            ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+
+        Returns
+        -------
+        CFGen
+            Itself.
+
+        Raises
+        ------
+        ValueError
+            If the device is unknown or absent.
+        """
+        self._check_fitted()
+        self.network_.to(resolve_device(str(device)))
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle, copy and joblib see the model on the CPU, so it can be read anywhere."""
+        state = self.__dict__.copy()
+        if "network_" in state:
+            state["network_"] = copy.deepcopy(self.network_).cpu()
+        return state
 
     def _check_fitted(self) -> None:
-        if not hasattr(self, "field_"):
-            raise RuntimeError("CFGen: expected a fitted model; got one that is not. Call fit first.")
-
-
-def _pair(value: Any) -> tuple[Any, Any]:
-    """(autoencoder, flow) from one value for both or a pair."""
-    if isinstance(value, (tuple, list)):
-        first, second = value
-        return first, second
-    return value, value
-
-
-def _entropy(random_state: RandomState) -> int | None:
-    """Seed material from whatever users call a random state; None asks the system for some."""
-    if random_state is None:
-        return None
-    if isinstance(random_state, np.random.Generator):
-        return int(random_state.integers(2**63))
-    if isinstance(random_state, np.random.RandomState):
-        return int(random_state.randint(2**31 - 1))
-    if isinstance(random_state, Integral) and int(random_state) >= 0:
-        return int(random_state)
-    raise ValueError(
-        "random_state: expected None, a non-negative whole number, or a NumPy generator; got "
-        f"{random_state!r}."
-    )
-
-
-def _generator(random: np.random.Generator, device: torch.device) -> torch.Generator:
-    return torch.Generator(device).manual_seed(int(random.integers(2**63)))
+        if not hasattr(self, "network_"):
+            raise RuntimeError(
+                "CFGen: expected a fitted model; got one that is not. Call fit first."
+            )

@@ -4,15 +4,19 @@ r"""Size factors: the total count of a cell, log-normal per data set or per grou
 
 A group of cells is a label, or a category of a technical covariate. The fit is maximum
 likelihood for large groups. Small groups are shrunk towards the fit shared by all cells
-(empirical Bayes), so a group of a single cell still has a sane mean and spread.
+(empirical Bayes), so a group of a single cell still has a sane mean and spread. Draws stay
+within the range of totals seen: the log-normal's right tail is longer than that of real cells,
+and its rare giants would inflate the variance of every gene.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 # A group's variance counts as if this many cells with the pooled variance had been added.
 _PRIOR_CELLS = 5.0
@@ -27,13 +31,16 @@ class LogNormalSizeFactor:
     mean, scale
         Mean and standard deviation of the natural log of the totals, each ``(n_groups,)``.
     lowest, highest
-        Range of log totals seen, for scaling the flow's size-factor embedding to [0, 1].
+        Range of log totals that draws stay within, each ``(n_groups,)``.
+    share
+        Share of the cells in each group, ``(n_groups,)``.
     """
 
     mean: NDArray[np.float64]
     scale: NDArray[np.float64]
-    lowest: float
-    highest: float
+    lowest: NDArray[np.float64]
+    highest: NDArray[np.float64]
+    share: NDArray[np.float64]
 
     @classmethod
     def fit(
@@ -45,11 +52,10 @@ class LogNormalSizeFactor:
         present = np.maximum(size, 1.0)
         raw_mean = np.bincount(groups, log_total, minlength=n_groups) / present
         squares = np.bincount(groups, (log_total - raw_mean[groups]) ** 2, minlength=n_groups)
-
         shared = log_total.mean()
         within = squares.sum() / len(log_total)
         if n_groups == 1:
-            mean = raw_mean
+            trust, prior = np.ones(1), 0.0
         else:
             # Between-group variance by moments: what the group means vary by beyond the
             # variance that their own sampling error explains.
@@ -57,21 +63,59 @@ class LogNormalSizeFactor:
             effective = len(log_total) - (size**2).sum() / len(log_total)
             between = max(spread / max(effective, 1e-12), 0.0)
             trust = size * between / np.maximum(size * between + within, 1e-300)
-            mean = trust * raw_mean + (1.0 - trust) * shared
-        prior = _PRIOR_CELLS if n_groups > 1 else 0.0
-        variance = (squares + prior * within) / (present + prior)
-        return cls(mean, np.sqrt(variance), float(log_total.min()), float(log_total.max()))
+            prior = _PRIOR_CELLS
+        lowest = np.full(n_groups, np.inf)
+        highest = np.full(n_groups, -np.inf)
+        np.minimum.at(lowest, groups, log_total)
+        np.maximum.at(highest, groups, log_total)
+        return cls(
+            mean=_blend(trust, raw_mean, shared),
+            scale=np.sqrt((squares + prior * within) / (present + prior)),
+            lowest=_blend(trust, np.minimum(lowest, log_total.max()), log_total.min()),
+            highest=_blend(trust, np.maximum(highest, log_total.min()), log_total.max()),
+            share=size / size.sum(),
+        )
 
     def sample(
         self, groups: NDArray[np.integer], random: np.random.Generator
     ) -> NDArray[np.float64]:
-        """Draw a total for every cell, shape ``(len(groups),)``."""
-        noise = random.standard_normal(len(groups))
-        draws: NDArray[np.float64] = np.exp(self.mean[groups] + self.scale[groups] * noise)
-        return draws
+        """Draw a total for every cell, shape ``(len(groups),)``.
+
+        A group code of -1 stands for a cell whose group is not given: it gets one at random, as
+        common as in training.
+        """
+        unknown = groups < 0
+        groups = groups.copy()
+        groups[unknown] = random.choice(len(self.share), size=unknown.sum(), p=self.share)
+        mean, scale = self.mean[groups], np.maximum(self.scale[groups], 1e-12)
+        # Inverse distribution function of the truncated normal.
+        low = stats.norm.cdf((self.lowest[groups] - mean) / scale)
+        high = stats.norm.cdf((self.highest[groups] - mean) / scale)
+        u = low + (high - low) * random.random(len(groups))
+        drawn = mean + scale * stats.norm.ppf(u)
+        totals: NDArray[np.float64] = np.exp(
+            np.clip(drawn, self.lowest[groups], self.highest[groups])
+        )
+        return totals
 
     def scaled(self, totals: NDArray[np.float64]) -> NDArray[np.float64]:
         """Log totals with the range seen in training mapped to [0, 1]."""
-        width = max(self.highest - self.lowest, 1e-12)
-        scaled: NDArray[np.float64] = (np.log(totals) - self.lowest) / width
+        low, high = self.lowest.min(), self.highest.max()
+        scaled: NDArray[np.float64] = (np.log(totals) - low) / max(high - low, 1e-12)
         return scaled
+
+    def to_json(self) -> dict[str, list[float]]:
+        """Plain lists, read back by `from_json`."""
+        return {name: values.tolist() for name, values in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> LogNormalSizeFactor:
+        """Read what `to_json` made."""
+        return cls(**{name: np.array(values, dtype=float) for name, values in document.items()})
+
+
+def _blend(
+    trust: NDArray[np.float64], own: NDArray[np.float64], shared: float
+) -> NDArray[np.float64]:
+    blended: NDArray[np.float64] = trust * own + (1.0 - trust) * shared
+    return blended

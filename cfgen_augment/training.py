@@ -18,6 +18,26 @@ logger = logging.getLogger(__name__)
 _CLIP_NORM = 1.0
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train.
+
+    Attributes
+    ----------
+    learning_rate
+        Learning rate at the start; it is annealed to zero.
+    max_epochs, batch_size
+        Passes over the training rows, and the largest minibatch.
+    patience
+        Epochs without a better held-out loss before stopping.
+    """
+
+    learning_rate: float
+    max_epochs: int
+    batch_size: int
+    patience: int
+
+
 @dataclass
 class History:
     """What a training run did, one entry per epoch.
@@ -65,9 +85,9 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
     """Draw fresh weights for `module` from `generator`, PyTorch's own schemes.
 
     PyTorch's constructors draw from the global random state. Building on the ``meta`` device and
-    initialising here leaves that state alone and makes a fit a function of its seed.
+    initialising here leaves that state alone and makes a fit a function of its seed. `module`
+    must be on the CPU, so that weights do not depend on the device either.
     """
-    module.to_empty(device="cpu")
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_uniform_(layer.weight, a=5**0.5, generator=generator)
@@ -77,6 +97,11 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
             nn.init.normal_(layer.weight, generator=generator)
         elif isinstance(layer, nn.BatchNorm1d):
             layer.reset_parameters()
+
+
+def seeded(random: np.random.Generator, device: torch.device) -> torch.Generator:
+    """Make a torch generator on `device`, seeded by the next draw of `random`."""
+    return torch.Generator(device).manual_seed(int(random.integers(2**63)))
 
 
 def hold_out(
@@ -116,9 +141,7 @@ def train(
     *,
     rows: NDArray[np.intp],
     optimizer: torch.optim.Optimizer,
-    max_epochs: int,
-    batch_size: int,
-    patience: int,
+    schedule: Schedule,
     random: np.random.Generator,
     description: str,
     verbose: bool,
@@ -139,10 +162,8 @@ def train(
         Rows to train on.
     optimizer
         Optimizer over the parameters of `module`.
-    max_epochs, batch_size
-        Passes over `rows`, and the largest minibatch.
-    patience
-        Epochs without a better validation loss before stopping.
+    schedule
+        Epochs, batch size and patience.
     random
         Shuffles the rows.
     description, verbose
@@ -158,7 +179,8 @@ def train(
     FloatingPointError
         If the loss is not finite, naming the epoch.
     """
-    schedule = torch.optim.lr_scheduler.LambdaLR(
+    max_epochs = schedule.max_epochs
+    annealing = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda epoch: 0.5 * (1.0 + math.cos(math.pi * epoch / max_epochs))
     )
     history = History()
@@ -169,7 +191,7 @@ def train(
         module.train()
         running = 0.0
         n_batches = 0
-        for batch in minibatches(rows, batch_size, random):
+        for batch in minibatches(rows, schedule.batch_size, random):
             optimizer.zero_grad(set_to_none=True)
             value = loss(batch)
             value.backward()
@@ -177,7 +199,7 @@ def train(
             optimizer.step()
             running += value.item()
             n_batches += 1
-        schedule.step()
+        annealing.step()
         module.eval()
         with torch.no_grad():
             validation = validate()
@@ -194,7 +216,7 @@ def train(
             best = validation
             history.best_epoch = epoch
             best_weights = {name: w.detach().clone() for name, w in module.state_dict().items()}
-        elif epoch - history.best_epoch >= patience:
+        elif epoch - history.best_epoch >= schedule.patience:
             break
     progress.close()
     module.load_state_dict(best_weights)

@@ -1,0 +1,246 @@
+"""AnnData: taking counts out, adding cells, reading and writing. The only file that knows it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from cfgen_augment.counts import CellMatrix, append_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+
+SYNTHETIC = "is_synthetic"
+
+
+def is_anndata(X: object) -> TypeGuard[AnnData]:
+    """Whether `X` is AnnData, without importing anndata for those who do not use it."""
+    module = sys.modules.get("anndata")
+    return module is not None and isinstance(X, module.AnnData)
+
+
+def _existing(names: Any) -> str:
+    listed = [str(name) for name in names]
+    return ", ".join(listed[:20]) + (" ..." if len(listed) > 20 else "") if listed else "none"
+
+
+def counts(adata: AnnData, layer: str | None) -> CellMatrix:
+    """The matrix to learn from: ``X``, or a layer; in memory, not copied if it is already.
+
+    Raises
+    ------
+    KeyError
+        If there is no such layer; lists those that exist.
+    ValueError
+        If ``X`` is asked for and empty.
+    """
+    if layer is not None and layer not in adata.layers:
+        raise KeyError(
+            f"layer: expected one of the layers ({_existing(adata.layers)}); got {layer!r}."
+        )
+    matrix = adata.X if layer is None else adata.layers[layer]
+    if matrix is None:
+        raise ValueError(
+            f"X: expected raw counts; got no X at all. Pass layer=, one of: "
+            f"{_existing(adata.layers)}."
+        )
+    if adata.isbacked or not (isinstance(matrix, np.ndarray) or sparse.issparse(matrix)):
+        matrix = matrix.to_memory() if hasattr(matrix, "to_memory") else matrix[:]
+    return matrix
+
+
+def obs_column(adata: AnnData, key: str, role: str) -> pd.Series:
+    """The annotation `key` of the cells.
+
+    Raises
+    ------
+    KeyError
+        If it is not there; lists the columns that exist.
+    """
+    if key not in adata.obs:
+        raise KeyError(
+            f"{role}: expected a column of obs ({_existing(adata.obs.columns)}); got {key!r}."
+        )
+    return adata.obs[key]
+
+
+def check_extendable(adata: AnnData, key: str) -> None:
+    """Check that cells can be added and marked in ``obs[key]``.
+
+    Raises
+    ------
+    ValueError
+        If names of cells are not unique, or `key` is already taken.
+    """
+    if not adata.obs_names.is_unique:
+        raise ValueError(
+            "obs_names: expected unique names of cells; got duplicates. Run "
+            "adata.obs_names_make_unique() first."
+        )
+    if key in adata.obs:
+        raise ValueError(
+            f"obs: expected no column {key!r}, which marks generated cells; it is already there. "
+            "Augment the original data, or choose another name with key_added=."
+        )
+
+
+def append_cells(
+    adata: AnnData,
+    new: CellMatrix,
+    layer: str | None,
+    *,
+    key: str = SYNTHETIC,
+    columns: Mapping[str, NDArray] | None = None,
+) -> AnnData:
+    """A new AnnData with generated cells after the real ones.
+
+    Parameters
+    ----------
+    adata
+        The real cells; not modified.
+    new
+        Generated counts, shape ``(n_new, n_vars)``.
+    layer
+        Layer that the counts belong to; None means ``X``. With a layer, ``X`` of the result holds
+        the counts too, because nothing else can hold for generated cells.
+    key
+        Boolean column of obs that marks generated cells.
+    columns
+        Values of the generated cells in columns of obs that were generated with them. They are
+        missing in every other column.
+
+    Returns
+    -------
+    AnnData
+        With ``X`` (and ``layers[layer]``), obs, var, varm, varp and uns. What cannot hold with
+        cells added (other layers, obsm, obsp, raw, and entries of uns that describe a neighbour
+        graph) is dropped, and a warning names it.
+
+    Raises
+    ------
+    ValueError
+        If names of cells are not unique, or `key` is already taken.
+    """
+    import anndata
+
+    check_extendable(adata, key)
+    real = counts(adata, layer)
+    stacked = append_rows(real, new)
+    obs = _extended_obs(adata, stacked.shape[0] - adata.n_obs, key, columns or {})
+    graphs = [
+        k for k, v in adata.uns.items() if isinstance(v, Mapping) and "connectivities_key" in v
+    ]
+    result = anndata.AnnData(
+        X=stacked,
+        obs=obs,
+        var=adata.var.copy(),
+        uns={k: v for k, v in adata.uns.copy().items() if k not in graphs},
+        varm={k: v.copy() for k, v in adata.varm.items()},
+        varp={k: v.copy() for k, v in adata.varp.items()},
+    )
+    if layer is not None:
+        result.layers[layer] = stacked
+    dropped = [f"layers[{k!r}]" for k in adata.layers if k != layer]
+    dropped += [f"obsm[{k!r}]" for k in adata.obsm] + [f"obsp[{k!r}]" for k in adata.obsp]
+    dropped += [f"uns[{k!r}]" for k in graphs] + (["raw"] if adata.raw is not None else [])
+    if layer is not None and adata.X is not None:
+        dropped.append("X (replaced by the counts)")
+    if dropped:
+        warnings.warn(
+            f"Dropped what does not hold for generated cells: {', '.join(dropped)}. Compute it "
+            "again on the augmented data.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return result
+
+
+def _extended_obs(
+    adata: AnnData, n_new: int, key: str, columns: Mapping[str, NDArray]
+) -> pd.DataFrame:
+    import pandas as pd
+
+    taken = set(adata.obs_names)
+    prefix = "synthetic"
+    while any(f"{prefix}-{i}" in taken for i in range(n_new)):
+        prefix += "-new"
+    names = pd.Index([f"{prefix}-{i}" for i in range(n_new)], dtype=object)
+    obs = {}
+    for name, real in adata.obs.items():
+        if name in columns:
+            added = pd.Series(columns[name], index=names)
+            if isinstance(real.dtype, pd.CategoricalDtype):
+                added = added.astype(real.dtype)
+        else:
+            real = real.astype(_nullable(real.dtype))
+            added = pd.Series(pd.array([None] * n_new, dtype=real.dtype), index=names)
+        obs[name] = pd.Series(
+            pd.concat([real, added]).array if n_new else real.array,
+            index=adata.obs_names.append(names),
+        )
+    frame = pd.DataFrame(obs, index=adata.obs_names.append(names), columns=adata.obs.columns)
+    frame[key] = np.repeat([False, True], [adata.n_obs, n_new])
+    return frame
+
+
+def _nullable(dtype: Any) -> Any:
+    """A dtype with the same values and room for missing ones."""
+    if isinstance(dtype, np.dtype):
+        if dtype.kind == "b":
+            return "boolean"
+        if dtype.kind in "iu":
+            return dtype.name.replace("int", "Int").replace("uI", "UI")
+    return dtype
+
+
+def read_h5ad(path: Path) -> AnnData:
+    """Read a file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is not there.
+    OSError
+        If it is not a complete h5ad file.
+    """
+    import anndata
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected an h5ad file; there is no such file.")
+    try:
+        return anndata.read_h5ad(path)
+    except Exception as error:  # anndata and h5py raise a dozen kinds for a broken file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise OSError(
+            f"{path}: expected a complete h5ad file; could not read it ({reason}). It may be "
+            "truncated: copy or write it again."
+        ) from error
+
+
+def write_h5ad(adata: AnnData, path: Path) -> None:
+    """Write a file that appears complete or not at all."""
+    handle, made = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".part")
+    os.close(handle)
+    try:
+        adata.write_h5ad(made, compression="gzip")
+        os.chmod(made, 0o666 & ~_umask())
+        os.replace(made, path)
+    except BaseException:
+        os.unlink(made)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

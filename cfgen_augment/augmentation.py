@@ -1,0 +1,221 @@
+"""`augment`: the sampler for AnnData, with annotation and provenance filled in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from numbers import Number
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cfgen_augment import __version__, annotated, checkpoint
+from cfgen_augment.attributes import check_attribute
+from cfgen_augment.model import CFGen
+from cfgen_augment.sampler import CFGenSampler
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+
+
+def augment(
+    adata: AnnData,
+    label_key: str,
+    *,
+    target_size: int | float = 2.0,
+    donor_key: str | None = None,
+    batch_key: str | None = None,
+    layer: str | None = None,
+    sampling_strategy: str | float | Mapping | Any = "inverse-sqrt",
+    exponent: float = 0.5,
+    min_cells: int = 5,
+    generator: CFGen | str | os.PathLike | None = None,
+    covariates_from: str = "label",
+    likelihood: str = "nb",
+    size_factor: str = "label",
+    max_epochs: str | int | tuple[int, int] = "auto",
+    solver: str | None = None,
+    guidance: float | Mapping[str, float] | None = None,
+    key_added: str = annotated.SYNTHETIC,
+    save_model: str | os.PathLike | None = None,
+    overwrite_model: bool = False,
+    device: str = "auto",
+    random_state: int | np.random.RandomState | None = None,
+    verbose: bool = False,
+) -> AnnData:
+    """Add generated cells to AnnData, rare types first.
+
+    Parameters
+    ----------
+    adata
+        Real cells with raw counts, shape ``(n_obs, n_vars)``; not modified.
+    label_key
+        Column of obs with the cells' types.
+    target_size
+        Cells in the result: an integer is a total, a float a multiple of ``n_obs``.
+    donor_key, batch_key
+        Columns of obs to condition on besides the label; filled in for generated cells.
+    layer
+        Layer with the raw counts; None uses ``X``.
+    sampling_strategy, exponent, min_cells, generator, covariates_from, likelihood
+        As in `CFGenSampler`.
+    size_factor, max_epochs, solver, guidance, device, random_state, verbose
+        As in `CFGenSampler`.
+    key_added
+        Column of obs that marks generated cells.
+    save_model, overwrite_model
+        Directory to save the model to, and whether a saved model there may be replaced.
+
+    Returns
+    -------
+    AnnData
+        A new object: the real cells, unchanged and in their order, then the generated ones.
+
+        ``X`` (and ``layers[layer]``)
+            Raw counts.
+        ``obs[key_added]``
+            True for generated cells.
+        ``obs[label_key]``, ``obs[donor_key]``, ``obs[batch_key]``
+            Filled in for generated cells; every other column is missing there.
+        ``uns["cfgen_augment"]``
+            Version, seed, parameters, and cells per type before and after.
+
+    Raises
+    ------
+    KeyError
+        If a column of obs or a layer is not there.
+    ValueError, TypeError
+        If counts, annotation or parameters are not usable.
+    FileExistsError
+        If `save_model` is taken.
+
+    Warns
+    -----
+    UserWarning
+        Names what was dropped because it cannot hold for generated cells (obsm, obsp, other
+        layers, raw), and types too small to generate.
+
+    See Also
+    --------
+    CFGenSampler : The same inside scikit-learn pipelines.
+
+    Examples
+    --------
+    >>> import anndata, numpy as np
+    >>> from cfgen_augment import augment
+    >>> rng = np.random.default_rng(0)
+    >>> adata = anndata.AnnData(
+    ...     rng.poisson(2.0, size=(60, 10)), obs={"cell_type": ["B"] * 50 + ["T"] * 10}
+    ... )
+    >>> adata.obs_names = [f"cell{i}" for i in range(60)]
+    >>> augmented = augment(adata, "cell_type", max_epochs=2, random_state=0)
+    >>> augmented.obs["is_synthetic"].sum()
+    np.int64(60)
+    """
+    if not annotated.is_anndata(adata):
+        raise TypeError(
+            f"adata: expected AnnData; got {type(adata).__name__}. For arrays and DataFrames use "
+            "CFGenSampler."
+        )
+    if save_model is not None:
+        checkpoint.check_destination(Path(save_model), overwrite=overwrite_model)
+    keys = {"label_key": label_key, "donor_key": donor_key, "batch_key": batch_key}
+    values = {
+        role: check_attribute(annotated.obs_column(adata, key, role), f"obs[{key!r}]")
+        for role, key in keys.items()
+        if key is not None
+    }
+    annotated.check_extendable(adata, key_added)
+    sampler = CFGenSampler(
+        sampling_strategy,
+        target_size=target_size,
+        exponent=exponent,
+        min_cells=min_cells,
+        generator=generator,
+        covariates_from=covariates_from,
+        likelihood=likelihood,
+        size_factor=size_factor,
+        max_epochs=max_epochs,
+        solver=solver,
+        guidance=guidance,
+        layer=layer,
+        device=device,
+        random_state=random_state,
+        verbose=verbose,
+    )
+    cells, labels = sampler.synthesise(
+        adata,
+        values["label_key"],
+        donor=values.get("donor_key"),
+        batch=values.get("batch_key"),
+    )
+    if save_model is not None:
+        sampler.generator_.save(save_model, overwrite=overwrite_model)
+    new = slice(adata.n_obs, None)
+    columns = {label_key: labels}
+    for key, name in ((donor_key, "donor"), (batch_key, "batch")):
+        if key is not None:
+            columns[key] = sampler.covariates_[name][new]
+    result = annotated.append_cells(adata, cells, layer, key=key_added, columns=columns)
+    result.uns["cfgen_augment"] = _provenance(sampler, keys, key_added, result, label_key)
+    return result
+
+
+def summary(
+    augmented: AnnData, label_key: str, key_added: str = annotated.SYNTHETIC
+) -> pd.DataFrame:
+    """Cells per type before and after augmentation.
+
+    Returns
+    -------
+    DataFrame
+        One row per type, rarest first: ``real``, ``synthetic``, ``total``, and the shares of
+        the data in per cent before and after.
+    """
+    import pandas as pd
+
+    synthetic = augmented.obs[key_added].to_numpy()
+    labels = augmented.obs[label_key].astype(str).to_numpy()
+    table = pd.DataFrame(
+        {
+            "real": pd.Series(labels[~synthetic]).value_counts(),
+            "synthetic": pd.Series(labels[synthetic]).value_counts(),
+        }
+    )
+    table = table.fillna(0).astype(int).sort_values(["real", "synthetic"])
+    table["total"] = table["real"] + table["synthetic"]
+    table["% before"] = (100 * table["real"] / table["real"].sum()).round(2)
+    table["% after"] = (100 * table["total"] / table["total"].sum()).round(2)
+    return table
+
+
+def _provenance(
+    sampler: CFGenSampler,
+    keys: Mapping[str, str | None],
+    key_added: str,
+    result: AnnData,
+    label_key: str,
+) -> dict[str, Any]:
+    """What was done, in types that every h5ad reader knows."""
+    parameters = {}
+    for name, value in {**keys, **sampler.get_params(deep=False)}.items():
+        if value is None or name == "random_state":
+            continue
+        plain = isinstance(value, (str, bool, Number))
+        parameters[name] = (
+            value if plain else type(value).__name__ if callable(value) else str(value)
+        )
+    if isinstance(sampler.generator, CFGen):
+        parameters["generator"] = "CFGen"
+    table = summary(result, label_key, key_added)
+    return {
+        "version": __version__,
+        "seed": sampler.random_seed_,
+        "parameters": parameters,
+        "key_added": key_added,
+        "types": table.index.to_numpy(dtype=str),
+        "n_real": table["real"].to_numpy(),
+        "n_synthetic": table["synthetic"].to_numpy(),
+    }

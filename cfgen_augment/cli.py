@@ -1,0 +1,206 @@
+"""The command ``cfgen-augment IN.h5ad OUT.h5ad``: parse, augment, write, report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from cfgen_augment import __version__
+
+OK = 0
+BAD_INPUT = 2  # what argparse exits with, too
+OUTPUT_EXISTS = 3
+UNREADABLE = 4
+FAILED = 5
+INTERRUPTED = 130
+
+_EPILOG = f"""exit codes: {OK} done; {BAD_INPUT} bad usage or unusable data; {OUTPUT_EXISTS} output
+exists and --force was not given; {UNREADABLE} input or model cannot be read; {FAILED} training or
+writing failed; {INTERRUPTED} interrupted. The output appears complete or not at all."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    made = argparse.ArgumentParser(
+        prog="cfgen-augment",
+        description="Add generated cells to an h5ad file of raw counts, rare types first.",
+        epilog=_EPILOG,
+    )
+    made.add_argument("input", metavar="IN.h5ad", type=Path, help="real cells with raw counts")
+    made.add_argument("output", metavar="OUT.h5ad", type=Path, help="where to write the result")
+    made.add_argument("--label-key", required=True, metavar="KEY", help="column of obs with types")
+    made.add_argument("--donor-key", metavar="KEY", help="column of obs to condition on as well")
+    made.add_argument("--batch-key", metavar="KEY", help="column of obs to condition on as well")
+    made.add_argument("--layer", metavar="NAME", help="layer with the raw counts (default: X)")
+    made.add_argument(
+        "--target-size",
+        type=_target_size,
+        default=2.0,
+        metavar="N",
+        help="cells in the result: a whole number is a total, 2.0 doubles the data (default: 2.0)",
+    )
+    made.add_argument(
+        "--exponent",
+        type=float,
+        default=0.5,
+        help="types get shares proportional to n ** -EXPONENT (default: 0.5)",
+    )
+    made.add_argument(
+        "--min-cells",
+        type=int,
+        default=5,
+        metavar="N",
+        help="do not generate types with fewer real cells (default: 5)",
+    )
+    made.add_argument(
+        "--likelihood",
+        choices=["nb", "poisson", "bernoulli"],
+        default="nb",
+        help="noise model (default: nb)",
+    )
+    made.add_argument(
+        "--size-factor",
+        choices=["shared", "label", "donor", "batch"],
+        default="label",
+        help="what total counts depend on (default: label)",
+    )
+    made.add_argument(
+        "--covariates-from",
+        choices=["label", "all"],
+        default="label",
+        help="draw a generated cell's donor from cells of its type, or from all (default: label)",
+    )
+    made.add_argument(
+        "--guidance", type=float, metavar="W", help="guidance weight of every attribute"
+    )
+    made.add_argument(
+        "--max-epochs", type=int, metavar="N", help="most epochs of both stages (default: auto)"
+    )
+    made.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    made.add_argument("--seed", type=int, metavar="N", help="seed; the same seed, the same cells")
+    model = made.add_mutually_exclusive_group()
+    model.add_argument("--save-model", type=Path, metavar="DIR", help="keep the trained model")
+    model.add_argument("--model", type=Path, metavar="DIR", help="use a saved model, do not train")
+    made.add_argument("--force", action="store_true", help="overwrite the output if it exists")
+    made.add_argument("--quiet", action="store_true", help="no progress bars, no table")
+    made.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return made
+
+
+def _target_size(text: str) -> int | float:
+    try:
+        return int(text.replace("_", "").replace(",", ""))
+    except ValueError:
+        return float(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    given = parser().parse_args(arguments)
+    try:
+        return _run(given)
+    except KeyboardInterrupt:
+        return _fail(INTERRUPTED, "interrupted; nothing was written")
+
+
+def _run(given: argparse.Namespace) -> int:
+    # What can be refused is refused before torch is imported and anything is read.
+    if given.output.exists() and not given.force:
+        return _fail(
+            OUTPUT_EXISTS,
+            f"{given.output}: expected a new file; it exists. Pass --force to overwrite it.",
+        )
+    if given.output.is_dir():
+        return _fail(BAD_INPUT, f"{given.output}: expected a file name; got a directory.")
+    folder = given.output.resolve().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        return _fail(
+            BAD_INPUT,
+            f"{given.output}: expected a directory that can be written to; {folder} is not one.",
+        )
+    try:
+        import anndata  # noqa: F401
+    except ImportError:
+        return _fail(
+            BAD_INPUT,
+            "anndata: expected it to be installed; it is not. Run: "
+            "pip install 'cfgen-augment[anndata]'",
+        )
+    from cfgen_augment import annotated, checkpoint
+    from cfgen_augment.augmentation import augment, summary
+    from cfgen_augment.model import CFGen
+
+    try:
+        if given.save_model is not None:
+            checkpoint.check_destination(given.save_model, overwrite=given.force)
+    except FileExistsError as error:
+        return _fail(OUTPUT_EXISTS, str(error))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # anndata's remarks on names; ours follow below
+            adata = annotated.read_h5ad(given.input)
+    except OSError as error:
+        return _fail(UNREADABLE, str(error))
+    model = None
+    if given.model is not None:
+        try:
+            model = CFGen.load(given.model, device=given.device)
+        except (OSError, ValueError) as error:
+            return _fail(UNREADABLE, str(error))
+        model.verbose = not given.quiet
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            augmented = augment(
+                adata,
+                given.label_key,
+                target_size=given.target_size,
+                donor_key=given.donor_key,
+                batch_key=given.batch_key,
+                layer=given.layer,
+                exponent=given.exponent,
+                min_cells=given.min_cells,
+                generator=model,
+                covariates_from=given.covariates_from,
+                likelihood=given.likelihood,
+                size_factor=given.size_factor,
+                max_epochs="auto" if given.max_epochs is None else given.max_epochs,
+                guidance=given.guidance,
+                save_model=given.save_model,
+                overwrite_model=given.force,
+                device=given.device,
+                random_state=given.seed,
+                verbose=not given.quiet,
+            )
+    except (ValueError, TypeError, KeyError) as error:
+        # A KeyError's own text would come with quotes around it.
+        return _fail(BAD_INPUT, str(error.args[0]) if error.args else repr(error))
+    except (FloatingPointError, MemoryError, OSError, RuntimeError) as error:
+        return _fail(FAILED, str(error) or type(error).__name__)
+    for warning in caught:
+        if issubclass(warning.category, UserWarning):
+            print(f"note: {warning.message}", file=sys.stderr)
+    try:
+        annotated.write_h5ad(augmented, given.output)
+    except (OSError, TypeError, ValueError) as error:
+        return _fail(FAILED, f"{given.output}: could not be written ({error}).")
+    if not given.quiet:
+        print(summary(augmented, given.label_key).to_string())
+        print(
+            f"{adata.n_obs:,} real + {augmented.n_obs - adata.n_obs:,} synthetic cells x "
+            f"{adata.n_vars:,} features -> {given.output}"
+        )
+    return OK
+
+
+def _fail(code: int, message: str) -> int:
+    print(f"cfgen-augment: error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,162 @@
+"""The two stages of training: the autoencoder by likelihood, then the flow on its latents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cfgen_augment.autoencoder import Autoencoder
+from cfgen_augment.counts import CellMatrix, dense_rows, feature_moments
+from cfgen_augment.flow import VelocityField, drop_attributes, flow_matching_loss
+from cfgen_augment.training import History, Schedule, initialise, minibatches, seeded, train
+
+BLOCK = 1024  # cells that go through a network at a time outside of training
+
+_DISPERSION_SPEED = 50.0  # learning rate of the noise model's own parameters, relative
+_VALIDATION_DRAWS = 4096  # noise and times on which the flow's held-out loss is measured
+
+
+def train_autoencoder(
+    model: Autoencoder,
+    X: CellMatrix,
+    groups: NDArray[np.int64],
+    totals: NDArray[np.float64],
+    *,
+    rows: NDArray[np.intp],
+    held_out: NDArray[np.intp],
+    schedule: Schedule,
+    device: torch.device,
+    random: np.random.Generator,
+    verbose: bool,
+) -> History:
+    """Train `model` from scratch by maximum likelihood and leave it on `device`.
+
+    Parameters
+    ----------
+    model
+        Laid out on the CPU, weights not yet set.
+    X
+        Cells, ``(n_cells, n_features)``.
+    groups, totals
+        Group of the dispersion and total count of every cell, ``(n_cells,)``.
+    rows, held_out
+        Cells to train on, and to stop early by.
+    schedule
+        Learning rate, epochs, batch size and patience.
+    device, random, verbose
+        Where to train, the source of randomness, and whether to show progress.
+    """
+    initialise(model, seeded(random, torch.device("cpu")))
+    mean, variance = feature_moments(X)
+    bias = model.likelihood.initialise(mean, variance, totals)
+    with torch.no_grad():
+        model.output_bias.copy_(bias)
+    model.to(device)
+    log_totals = torch.as_tensor(np.log(totals), dtype=torch.float32)[:, None]
+    group_codes = torch.as_tensor(groups)
+
+    def loss(batch: NDArray[np.intp]) -> Tensor:
+        x = torch.from_numpy(dense_rows(X, batch)).to(device)
+        at = torch.from_numpy(batch)
+        return model.negative_log_likelihood(
+            x, log_totals[at].to(device), group_codes[at].to(device)
+        )
+
+    def validate() -> float:
+        parts = list(minibatches(held_out, BLOCK))
+        return sum(loss(part).item() * len(part) for part in parts) / len(held_out)
+
+    network = [*model.encoder.parameters(), *model.decoder.parameters()]
+    parameters: list[dict[str, Any]] = [{"params": network, "lr": schedule.learning_rate}]
+    if own := list(model.likelihood.parameters()):
+        # At the network's rate the dispersion is still near its start when the mean has long
+        # converged, and synthetic cells come out too variable.
+        fast = schedule.learning_rate * _DISPERSION_SPEED
+        parameters.append({"params": own, "lr": fast, "weight_decay": 0.0})
+    return train(
+        model,
+        loss,
+        validate,
+        rows=rows,
+        optimizer=torch.optim.AdamW(parameters, weight_decay=1e-5),
+        schedule=schedule,
+        random=random,
+        description="autoencoder",
+        verbose=verbose,
+    )
+
+
+@torch.inference_mode()
+def encode_cells(model: Autoencoder, X: CellMatrix, device: torch.device) -> Tensor:
+    """Latents of all cells, ``(n_cells, n_latent)``, block by block."""
+    blocks = minibatches(np.arange(X.shape[0]), BLOCK)
+    return torch.cat(
+        [model.encode(torch.from_numpy(dense_rows(X, rows)).to(device)) for rows in blocks]
+    )
+
+
+def train_flow(
+    field: VelocityField,
+    latents: Tensor,
+    attributes: Tensor,
+    log_size: Tensor | None,
+    *,
+    dropout: float,
+    rows: NDArray[np.intp],
+    held_out: NDArray[np.intp],
+    schedule: Schedule,
+    random: np.random.Generator,
+    verbose: bool,
+) -> History:
+    """Train `field` from scratch by Flow Matching and leave it where the latents are.
+
+    Parameters
+    ----------
+    field
+        Laid out on the CPU, weights not yet set.
+    latents, attributes, log_size
+        Standardised latents ``(n_cells, n_latent)``, category codes
+        ``(n_cells, n_attributes)`` and scaled log size factors ``(n_cells, 1)`` or None.
+    dropout
+        Share of cells that see no attribute.
+    rows, held_out, schedule, random, verbose
+        As in `train_autoencoder`.
+    """
+    device = latents.device
+    initialise(field, seeded(random, torch.device("cpu")))
+    field.start_at_zero()
+    field.to(device)
+    draws = seeded(random, device)
+    validation_seed = int(random.integers(2**63))
+
+    def loss_with(batch: NDArray[np.intp], generator: torch.Generator) -> Tensor:
+        at = torch.from_numpy(batch).to(device)
+        given = drop_attributes(attributes[at], dropout, generator)
+        size = None if log_size is None else log_size[at]
+        return flow_matching_loss(field, latents[at], given, size, generator)
+
+    def validate() -> float:
+        # The same noise, times and dropped attributes in every epoch, and enough of them that a
+        # small held-out part does not stop training by chance.
+        generator = torch.Generator(device).manual_seed(validation_seed)
+        repeated = np.tile(held_out, -(-_VALIDATION_DRAWS // len(held_out)))
+        parts = list(minibatches(repeated, _VALIDATION_DRAWS))
+        return sum(loss_with(p, generator).item() * len(p) for p in parts) / len(repeated)
+
+    return train(
+        field,
+        lambda batch: loss_with(batch, draws),
+        validate,
+        rows=rows,
+        optimizer=torch.optim.AdamW(
+            field.parameters(), lr=schedule.learning_rate, weight_decay=1e-6
+        ),
+        schedule=schedule,
+        random=random,
+        description="flow",
+        verbose=verbose,
+    )
