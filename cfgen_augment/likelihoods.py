@@ -24,6 +24,8 @@ from cfgen_augment.counts import ValueKind
 
 _LOG_THETA_RANGE = (-10.0, 10.0)  # beyond, float32 cannot tell the model from its limits
 
+_POOLING_CELLS = 50.0  # a label's own dispersion weighs as much as the pooled one at this size
+
 # Entries with a larger mean, or heavier tail, are cheaper to draw as a mixture than by walking
 # along the distribution function.
 _WALK_MEAN = 10.0
@@ -57,6 +59,9 @@ class Likelihood(nn.Module):
             Total count of each training cell, shape ``(n_cells,)``.
         """
         raise TypeError(f"{type(self).__name__} is not a noise model by itself")
+
+    def match_variance(self, cells: np.ndarray, excess: np.ndarray, square: np.ndarray) -> None:
+        """Adjust free dispersion to second moments; nothing to do for models without one."""
 
     def encoder_input(self, x: Tensor) -> Tensor:
         """What the encoder sees: ``log(1 + x)`` for counts."""
@@ -126,6 +131,36 @@ class NegativeBinomial(_Composition):
         with torch.no_grad():
             self.log_theta.copy_(start.expand_as(self.log_theta))
         return super().initialise(mean, variance, totals)
+
+    @torch.no_grad()
+    def match_variance(self, cells: np.ndarray, excess: np.ndarray, square: np.ndarray) -> None:
+        r"""Set the dispersion so that generated cells vary as much as real ones (moments).
+
+        Maximum likelihood leaves the marginal variance off by up to a tenth: the decoder's mean
+        follows part of each cell's own counting noise, and real counts are not quite negative
+        binomial. Matching ``Var[x] = Var[mu] + E[mu] + E[mu^2] / theta`` within labels gives
+
+        .. math:: 1 / \theta = \frac{\sum (x - \bar x)^2 - \sum (\mu - \bar\mu)^2 - \sum \mu}
+            {\sum \mu^2} .
+
+        Parameters
+        ----------
+        cells
+            Cells per label, shape ``(n_labels,)``.
+        excess, square
+            Numerator and denominator per label and gene, each ``(n_labels, n_features)``.
+        """
+        tiny = np.finfo(np.float64).tiny
+        pooled = excess.sum(axis=0) / np.maximum(square.sum(axis=0), tiny)
+        inverse = pooled[None]
+        if self.log_theta.shape[0] > 1:
+            # A variance from few cells is noise: a label's own counts as much as its cells.
+            own = excess / np.maximum(square, tiny)
+            trust = (cells / (cells + _POOLING_CELLS))[:, None]
+            inverse = trust * own + (1.0 - trust) * pooled
+        low, high = _LOG_THETA_RANGE
+        log_theta = -np.log(np.clip(inverse, math.exp(-high), math.exp(-low)))
+        self.log_theta.copy_(torch.as_tensor(log_theta))
 
     def _log_theta(self, group: Tensor | None) -> Tensor:
         log_theta = self.log_theta.clamp(*_LOG_THETA_RANGE)

@@ -27,7 +27,13 @@ from cfgen_augment.likelihoods import value_kind
 from cfgen_augment.network import Network
 from cfgen_augment.parameters import RandomState, check_parameters, entropy, pair
 from cfgen_augment.size_factors import LogNormalSizeFactor
-from cfgen_augment.stages import BLOCK, encode_cells, train_autoencoder, train_flow
+from cfgen_augment.stages import (
+    BLOCK,
+    encode_cells,
+    match_dispersion,
+    train_autoencoder,
+    train_flow,
+)
 from cfgen_augment.training import History, Schedule, hold_out, resolve_device, seeded
 
 LABEL = "label"  # name of the attribute that holds the cells' labels
@@ -59,7 +65,8 @@ class CFGen:
         What the log-normal of total counts depends on: ``"shared"`` (nothing), ``"label"``, or
         the name of a covariate. Small groups are shrunk towards the shared fit.
     condition_on_size_factor : bool
-        Whether the flow also sees each cell's size factor.
+        Whether the flow also sees each cell's size factor. Depth and composition are related in
+        real cells; drawing them independently inflates the variance of high genes.
     n_latent : int
         Width of the latent space.
     hidden : sequence of int
@@ -151,7 +158,7 @@ class CFGen:
         likelihood: str = "nb",
         dispersion: str = "gene",
         size_factor: str = LABEL,
-        condition_on_size_factor: bool = False,
+        condition_on_size_factor: bool = True,
         n_latent: int = 50,
         hidden: Sequence[int] = (512, 256),
         flow_width: int = 128,
@@ -268,6 +275,8 @@ class CFGen:
                 verbose=self.verbose,
             )
         }
+        if self.likelihood == "nb":
+            match_dispersion(network.autoencoder, X, codes[:, 0], totals, device)
         latents = network.standardise(encode_cells(network.autoencoder, X, device))
         history["flow"] = train_flow(
             network.field,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
 from torch import Tensor
 
 from cfgen_augment.autoencoder import Autoencoder
@@ -88,6 +89,38 @@ def train_autoencoder(
         description="autoencoder",
         verbose=verbose,
     )
+
+
+@torch.inference_mode()
+def match_dispersion(
+    model: Autoencoder,
+    X: CellMatrix,
+    labels: NDArray[np.int64],
+    totals: NDArray[np.float64],
+    device: torch.device,
+) -> None:
+    """Set the noise model's dispersion by the second moments of cells within labels.
+
+    See `NegativeBinomial.match_variance`; accumulates block by block.
+    """
+    n_labels = int(labels.max()) + 1
+    sums = np.zeros((4, n_labels, X.shape[1]))  # of x, x^2, mu, mu^2
+    for rows in minibatches(np.arange(X.shape[0]), BLOCK):
+        x = dense_rows(X, rows)
+        log_size = torch.as_tensor(np.log(totals[rows]), dtype=torch.float32, device=device)
+        latents = model.encode(torch.from_numpy(x).to(device))
+        mu = model.decode(latents, log_size[:, None]).exp().cpu().numpy()
+        membership = sparse.csr_matrix(
+            (np.ones(len(rows)), (labels[rows], np.arange(len(rows)))),
+            shape=(n_labels, len(rows)),
+        )
+        for total, values in zip(sums, (x, np.square(x), mu, np.square(mu)), strict=True):
+            total += membership @ values
+    cells = np.bincount(labels, minlength=n_labels).astype(np.float64)
+    x, x_square, mu, mu_square = sums
+    within_x = x_square - x**2 / cells[:, None]
+    within_mu = mu_square - mu**2 / cells[:, None]
+    model.likelihood.match_variance(cells, within_x - within_mu - mu, mu_square)
 
 
 @torch.inference_mode()
