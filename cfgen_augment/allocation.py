@@ -87,6 +87,8 @@ def allocate(
 ) -> NDArray[np.int64]:
     """Split `n_new` synthetic cells over the types, rarer types getting more.
 
+    Where whole numbers leave a tie, the rarer type gets the cell, then the earlier one.
+
     Parameters
     ----------
     cells_per_type
@@ -116,16 +118,17 @@ def allocate(
     [100, 300]
     """
     sizes = np.asarray(cells_per_type, dtype=np.int64)
-    eligible = sizes >= max(min_cells, 1)
+    eligible = np.flatnonzero(sizes >= max(min_cells, 1))
     new = np.zeros(sizes.shape, dtype=np.int64)
     if n_new == 0:
         return new
-    if not eligible.any():
+    if not eligible.size:
         raise ValueError(
             f"min_cells: expected at least one type with {min_cells} cells or more; the largest "
             f"has {int(sizes.max(initial=0))}. Lower min_cells."
         )
+    rarest_first = eligible[np.argsort(sizes[eligible], kind="stable")]
     # Relative to the smallest type, so that steep exponents neither overflow nor vanish.
-    relative = sizes[eligible] / sizes[eligible].min()
-    new[eligible] = largest_remainder(relative ** -float(exponent), n_new)
+    relative = sizes[rarest_first] / sizes[rarest_first[0]]
+    new[rarest_first] = largest_remainder(relative ** -float(exponent), n_new)
     return new

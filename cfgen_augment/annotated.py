@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import tempfile
@@ -144,12 +145,12 @@ def append_cells(
         X=stacked,
         obs=obs,
         var=adata.var.copy(),
-        uns={k: v for k, v in adata.uns.copy().items() if k not in graphs},
+        uns=copy.deepcopy({k: v for k, v in adata.uns.items() if k not in graphs}),
         varm={k: v.copy() for k, v in adata.varm.items()},
         varp={k: v.copy() for k, v in adata.varp.items()},
     )
     if layer is not None:
-        result.layers[layer] = stacked
+        result.layers[layer] = stacked.copy()  # normalising X in place must not change the counts
     dropped = [f"layers[{k!r}]" for k in adata.layers if k != layer]
     dropped += [f"obsm[{k!r}]" for k in adata.obsm] + [f"obsp[{k!r}]" for k in adata.obsp]
     dropped += [f"uns[{k!r}]" for k in graphs] + (["raw"] if adata.raw is not None else [])
@@ -174,20 +175,18 @@ def _extended_obs(
     prefix = "synthetic"
     while any(f"{prefix}-{i}" in taken for i in range(n_new)):
         prefix += "-new"
-    names = pd.Index([f"{prefix}-{i}" for i in range(n_new)], dtype=object)
+    names = pd.Index(
+        [f"{prefix}-{i}" for i in range(n_new)], dtype=object, name=adata.obs_names.name
+    )
     obs = {}
     for name, real in adata.obs.items():
         if name in columns:
-            added = pd.Series(columns[name], index=names)
-            if isinstance(real.dtype, pd.CategoricalDtype):
-                added = added.astype(real.dtype)
+            added = pd.Series(columns[name], index=names).astype(real.dtype)
         else:
-            real = real.astype(_nullable(real.dtype))
+            # Whole numbers and booleans get room for missing values, if there will be any.
+            real = real.astype(_nullable(real.dtype)) if n_new else real
             added = pd.Series(pd.array([None] * n_new, dtype=real.dtype), index=names)
-        obs[name] = pd.Series(
-            pd.concat([real, added]).array if n_new else real.array,
-            index=adata.obs_names.append(names),
-        )
+        obs[name] = pd.concat([real, added])
     frame = pd.DataFrame(obs, index=adata.obs_names.append(names), columns=adata.obs.columns)
     frame[key] = np.repeat([False, True], [adata.n_obs, n_new])
     return frame
@@ -219,6 +218,8 @@ def read_h5ad(path: Path) -> AnnData:
         raise FileNotFoundError(f"{path}: expected an h5ad file; there is no such file.")
     try:
         return anndata.read_h5ad(path)
+    except MemoryError:
+        raise  # nothing is wrong with the file
     except Exception as error:  # anndata and h5py raise a dozen kinds for a broken file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise OSError(
@@ -228,7 +229,8 @@ def read_h5ad(path: Path) -> AnnData:
 
 
 def write_h5ad(adata: AnnData, path: Path) -> None:
-    """Write a file that appears complete or not at all."""
+    """Write a file that appears complete or not at all; a link stays one."""
+    path = path.resolve()
     handle, made = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".part")
     os.close(handle)
     try:

@@ -27,6 +27,15 @@ def check_attribute(values: ArrayLike, name: str, n_cells: int | None = None) ->
         If the values are neither strings, numbers nor booleans of one kind.
     """
     array = np.asarray(values)
+    if array.dtype.kind == "U" and not isinstance(values, np.ndarray):
+        # NumPy writes a NaN or a number in a list of strings as a word.
+        kept = np.asarray(values, dtype=object)
+        if not all(isinstance(v, str) for v in kept.flat):
+            array = kept
+    if array.dtype.kind == "O":
+        # Plain strings and numbers, not NumPy's scalars, so that the checks below know them.
+        plain = [v.item() if isinstance(v, np.generic) else v for v in array.flat]
+        array = np.fromiter(plain, dtype=object, count=array.size).reshape(array.shape)
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim != 1:
@@ -163,7 +172,8 @@ def check_feature_names(names: ArrayLike, expected: NDArray) -> None:
             f"features: expected unique names; got duplicates of {_listed(unique[count > 1])}. "
             "Make them unique, for example with adata.var_names_make_unique()."
         )
-    if absent := [name for name in expected.tolist() if name not in set(unique)]:
+    present = set(unique.tolist())
+    if absent := [name for name in expected.tolist() if name not in present]:
         raise ValueError(
             f"features: expected the {len(expected):,} features the model was fitted on; "
             f"{len(absent):,} are absent ({_listed(absent, 5)}). Use data that contain them."

@@ -80,7 +80,8 @@ def augment(
         ``obs[label_key]``, ``obs[donor_key]``, ``obs[batch_key]``
             Filled in for generated cells; every other column is missing there.
         ``uns["cfgen_augment"]``
-            Version, seed, parameters, and cells per type before and after.
+            Version, seed, parameters, and cells per type before and after. Parameters at None
+            are left out; those of the model are the ones it was trained with.
 
     Raises
     ------
@@ -88,8 +89,10 @@ def augment(
         If a column of obs or a layer is not there.
     ValueError, TypeError
         If counts, annotation or parameters are not usable.
-    FileExistsError
-        If `save_model` is taken.
+    FileNotFoundError
+        If `generator` is a path and no model is saved there.
+    FileExistsError, OSError
+        If `save_model` is taken, or cannot be written to; before any training.
 
     Warns
     -----
@@ -122,6 +125,12 @@ def augment(
     if save_model is not None:
         checkpoint.check_destination(Path(save_model), overwrite=overwrite_model)
     keys = {"label_key": label_key, "donor_key": donor_key, "batch_key": batch_key}
+    columns_used = [key for key in keys.values() if key is not None]
+    if len(set(columns_used)) < len(columns_used):
+        raise ValueError(
+            f"label_key, donor_key, batch_key: expected different columns of obs; got {keys}. "
+            "Leave out the key that repeats another."
+        )
     values = {
         role: check_attribute(annotated.obs_column(adata, key, role), f"obs[{key!r}]")
         for role, key in keys.items()
@@ -199,16 +208,19 @@ def _provenance(
     label_key: str,
 ) -> dict[str, Any]:
     """What was done, in types that every h5ad reader knows."""
+    model = sampler.generator_
+    given = sampler.get_params(deep=False)
+    # What a generator was trained with counts, not what the sampler would have trained one with.
+    given |= {name: getattr(model, name) for name in given if hasattr(model, name)}
+    given["device"] = str(model.device_)
+    if isinstance(sampler.generator, CFGen):
+        given["generator"] = type(model).__name__
     parameters = {}
-    for name, value in {**keys, **sampler.get_params(deep=False)}.items():
-        if value is None or name == "random_state":
+    for name, value in {**keys, **given}.items():
+        if value is None or name in ("random_state", "verbose"):
             continue
         plain = isinstance(value, (str, bool, Number))
-        parameters[name] = (
-            value if plain else type(value).__name__ if callable(value) else str(value)
-        )
-    if isinstance(sampler.generator, CFGen):
-        parameters["generator"] = "CFGen"
+        parameters[name] = value if plain else getattr(value, "__name__", str(value))
     table = summary(result, label_key, key_added)
     return {
         "version": __version__,

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cfgen_augment import __version__
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from cfgen_augment.model import CFGen
 
 OK = 0
 BAD_INPUT = 2  # what argparse exits with, too
@@ -19,8 +26,10 @@ FAILED = 5
 INTERRUPTED = 130
 
 _EPILOG = f"""exit codes: {OK} done; {BAD_INPUT} bad usage or unusable data; {OUTPUT_EXISTS} output
-exists and --force was not given; {UNREADABLE} input or model cannot be read; {FAILED} training or
-writing failed; {INTERRUPTED} interrupted. The output appears complete or not at all."""
+or saved model exists and --force was not given; {UNREADABLE} input or model cannot be read;
+{FAILED} training or writing failed; {INTERRUPTED} interrupted. The output appears complete or not
+at all."""
+_TRAINING = ("likelihood", "size_factor", "max_epochs")  # options that a saved model has decided
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
         prog="cfgen-augment",
         description="Add generated cells to an h5ad file of raw counts, rare types first.",
         epilog=_EPILOG,
+        allow_abbrev=False,
     )
     made.add_argument("input", metavar="IN.h5ad", type=Path, help="real cells with raw counts")
     made.add_argument("output", metavar="OUT.h5ad", type=Path, help="where to write the result")
@@ -85,17 +95,23 @@ def parser() -> argparse.ArgumentParser:
     model = made.add_mutually_exclusive_group()
     model.add_argument("--save-model", type=Path, metavar="DIR", help="keep the trained model")
     model.add_argument("--model", type=Path, metavar="DIR", help="use a saved model, do not train")
-    made.add_argument("--force", action="store_true", help="overwrite the output if it exists")
-    made.add_argument("--quiet", action="store_true", help="no progress bars, no table")
+    made.add_argument("--force", action="store_true", help="overwrite output and saved model")
+    made.add_argument(
+        "--quiet", action="store_true", help="no progress bars, no table; notes still appear"
+    )
     made.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return made
 
 
 def _target_size(text: str) -> int | float:
-    try:
-        return int(text.replace("_", "").replace(",", ""))
-    except ValueError:
+    if re.fullmatch(r"\d+|\d{1,3}([_,]\d{3})+", text):
+        return int(re.sub("[_,]", "", text))
+    if re.fullmatch(r"\d+\.\d*|\.\d+", text):
         return float(text)
+    # 1e5 could mean either, and 2,5 neither.
+    raise argparse.ArgumentTypeError(
+        f"expected a total such as 5000 or 5_000, or a multiple such as 2.0; got {text!r}"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,57 +120,85 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(given)
     except KeyboardInterrupt:
-        return _fail(INTERRUPTED, "interrupted; nothing was written")
+        return _fail(INTERRUPTED, "interrupted; no output was written")
 
 
 def _run(given: argparse.Namespace) -> int:
     # What can be refused is refused before torch is imported and anything is read.
-    if given.output.exists() and not given.force:
-        return _fail(
-            OUTPUT_EXISTS,
-            f"{given.output}: expected a new file; it exists. Pass --force to overwrite it.",
-        )
-    if given.output.is_dir():
-        return _fail(BAD_INPUT, f"{given.output}: expected a file name; got a directory.")
-    folder = given.output.resolve().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        return _fail(
-            BAD_INPUT,
-            f"{given.output}: expected a directory that can be written to; {folder} is not one.",
-        )
-    try:
-        import anndata  # noqa: F401
-    except ImportError:
-        return _fail(
-            BAD_INPUT,
-            "anndata: expected it to be installed; it is not. Run: "
-            "pip install 'cfgen-augment[anndata]'",
-        )
+    if refusal := _refuse(given):
+        return _fail(*refusal)
     from cfgen_augment import annotated, checkpoint
-    from cfgen_augment.augmentation import augment, summary
     from cfgen_augment.model import CFGen
+    from cfgen_augment.training import resolve_device
 
     try:
+        resolve_device(given.device)
         if given.save_model is not None:
             checkpoint.check_destination(given.save_model, overwrite=given.force)
     except FileExistsError as error:
         return _fail(OUTPUT_EXISTS, str(error))
+    except (ValueError, OSError) as error:
+        return _fail(BAD_INPUT, str(error))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # anndata's remarks on names; ours follow below
             adata = annotated.read_h5ad(given.input)
-    except OSError as error:
+            model = None if given.model is None else CFGen.load(given.model, device=given.device)
+    except (OSError, ValueError) as error:
         return _fail(UNREADABLE, str(error))
-    model = None
+    except MemoryError:
+        return _fail(FAILED, f"{given.input}: does not fit into memory.")
+    return _augment(given, adata, model)
+
+
+def _refuse(given: argparse.Namespace) -> tuple[int, str] | None:
+    """Exit code and message if the arguments cannot lead to an output."""
+    output = given.output
+    if output.exists() and not output.is_file():
+        return BAD_INPUT, f"{output}: expected a file name; it is a directory or a device."
+    if output.exists() and not given.force:
+        return (
+            OUTPUT_EXISTS,
+            f"{output}: expected a new file; it exists. Pass --force to overwrite it.",
+        )
+    folder = output.resolve().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        return (
+            BAD_INPUT,
+            f"{output}: expected a directory that can be written to; {folder} is not one.",
+        )
+    if given.save_model is not None and given.save_model.resolve() == output.resolve():
+        return BAD_INPUT, f"--save-model: expected another place than the output; got {output}."
     if given.model is not None:
-        try:
-            model = CFGen.load(given.model, device=given.device)
-        except (OSError, ValueError) as error:
-            return _fail(UNREADABLE, str(error))
-        model.verbose = not given.quiet
+        default = parser().get_default
+        if taken := [name for name in _TRAINING if getattr(given, name) != default(name)]:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in taken)
+            return (
+                BAD_INPUT,
+                f"{flags}: expected only without --model, which is trained already. Leave it out.",
+            )
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
+        import anndata  # noqa: F401
+    except ImportError:
+        return (
+            BAD_INPUT,
+            "anndata: expected it to be installed; it is not. Run: "
+            "pip install 'cfgen-augment[anndata]'",
+        )
+    return None
+
+
+def _augment(given: argparse.Namespace, adata: AnnData, model: CFGen | None) -> int:
+    from cfgen_augment import annotated
+    from cfgen_augment.augmentation import augment, summary
+
+    if model is not None:
+        model.verbose = not given.quiet
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = _note  # type: ignore[assignment]
+        try:
             augmented = augment(
                 adata,
                 given.label_key,
@@ -176,18 +220,17 @@ def _run(given: argparse.Namespace) -> int:
                 random_state=given.seed,
                 verbose=not given.quiet,
             )
-    except (ValueError, TypeError, KeyError) as error:
-        # A KeyError's own text would come with quotes around it.
-        return _fail(BAD_INPUT, str(error.args[0]) if error.args else repr(error))
-    except (FloatingPointError, MemoryError, OSError, RuntimeError) as error:
-        return _fail(FAILED, str(error) or type(error).__name__)
-    for warning in caught:
-        if issubclass(warning.category, UserWarning):
-            print(f"note: {warning.message}", file=sys.stderr)
-    try:
-        annotated.write_h5ad(augmented, given.output)
-    except (OSError, TypeError, ValueError) as error:
-        return _fail(FAILED, f"{given.output}: could not be written ({error}).")
+        except (ValueError, TypeError, KeyError) as error:
+            # A KeyError's own text would come with quotes around it.
+            return _fail(BAD_INPUT, str(error.args[0]) if error.args else repr(error))
+        except (FloatingPointError, MemoryError, OSError, RuntimeError) as error:
+            return _fail(FAILED, str(error) or type(error).__name__)
+        if given.model is not None:
+            augmented.uns["cfgen_augment"]["parameters"]["generator"] = str(given.model)
+        try:
+            annotated.write_h5ad(augmented, given.output)
+        except Exception as error:  # anndata and h5py raise a dozen kinds
+            return _fail(FAILED, f"{given.output}: could not be written ({error}).")
     if not given.quiet:
         print(summary(augmented, given.label_key).to_string())
         print(
@@ -195,6 +238,11 @@ def _run(given: argparse.Namespace) -> int:
             f"{adata.n_vars:,} features -> {given.output}"
         )
     return OK
+
+
+def _note(message: Warning | str, *_: Any) -> None:
+    """Show a warning as it comes, without the code that raised it."""
+    print(f"note: {message}", file=sys.stderr)
 
 
 def _fail(code: int, message: str) -> int:

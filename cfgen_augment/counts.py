@@ -184,7 +184,7 @@ def as_dtype(X: CellMatrix, dtype: np.dtype) -> tuple[CellMatrix, int]:
     Returns
     -------
     matrix
-        The counts in `dtype`.
+        The counts in `dtype`; float32 for sparse counts in float16, which SciPy does not have.
     int
         How many values were too large and were held.
     """
@@ -198,4 +198,6 @@ def as_dtype(X: CellMatrix, dtype: np.dtype) -> tuple[CellMatrix, int]:
     too_large = int((values > limit).sum())
     if too_large:
         X = X.minimum(limit) if sparse.issparse(X) else np.minimum(X, limit)
+    if sparse.issparse(X) and dtype == np.float16:
+        dtype = np.dtype(np.float32)
     return X.astype(dtype, copy=False), too_large

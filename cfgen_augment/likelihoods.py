@@ -177,15 +177,17 @@ class NegativeBinomial(_Composition):
         """``log NB(x | mu, theta)`` with ``natural = log mu``."""
         log_theta = self._log_theta(group)
         theta = log_theta.exp()
-        log_total = torch.logaddexp(log_theta, natural)  # log(theta + mu)
+        log_ratio = natural - log_theta
+        # log(1 + mu / theta) and log(1 + theta / mu): differences of logs would lose the whole of
+        # theta * log(1 + mu / theta) to rounding where theta is large.
         return (
-            theta * (log_theta - log_total)
-            + x * (natural - log_total)
-            + torch.lgamma(x + theta)
-            - torch.lgamma(theta)
+            -theta * F.softplus(log_ratio)
+            - x * F.softplus(-log_ratio)
+            + (torch.lgamma(x + theta) - torch.lgamma(theta))  # first: both may be huge
             - torch.lgamma(x + 1.0)
         )
 
+    @torch.no_grad()
     def sample(
         self, natural: Tensor, group: Tensor | None = None, *, generator: torch.Generator
     ) -> sparse.csr_matrix:
@@ -217,6 +219,7 @@ class Poisson(_Composition):
         """``x log mu - mu - log x!`` with ``natural = log mu``."""
         return x * natural - natural.exp() - torch.lgamma(x + 1.0)
 
+    @torch.no_grad()
     def sample(
         self, natural: Tensor, group: Tensor | None = None, *, generator: torch.Generator
     ) -> sparse.csr_matrix:
@@ -247,6 +250,7 @@ class Bernoulli(Likelihood):
         """``x log p + (1 - x) log(1 - p)`` with ``natural = logit p``."""
         return -F.binary_cross_entropy_with_logits(natural, x, reduction="none")
 
+    @torch.no_grad()
     def sample(
         self, natural: Tensor, group: Tensor | None = None, *, generator: torch.Generator
     ) -> sparse.csr_matrix:
@@ -278,6 +282,7 @@ class Gaussian(Likelihood):
         with torch.no_grad():
             self.feature_mean.copy_(torch.as_tensor(mean))
             self.feature_scale.copy_(torch.as_tensor(scale))
+            self.log_scale.zero_()
         return torch.zeros(len(mean))
 
     def encoder_input(self, x: Tensor) -> Tensor:
@@ -298,6 +303,7 @@ class Gaussian(Likelihood):
             -0.5 * torch.square((x - natural) / scale) - scale.log() - 0.5 * math.log(2.0 * math.pi)
         )
 
+    @torch.no_grad()
     def sample(
         self, natural: Tensor, group: Tensor | None = None, *, generator: torch.Generator
     ) -> np.ndarray:
@@ -410,7 +416,7 @@ def _to_csr(at: Tensor, values: Tensor, shape: torch.Size) -> sparse.csr_matrix:
     indptr = torch.cat([rows.new_zeros(1), rows.cumsum(0)])
     return sparse.csr_matrix(
         (
-            values.to(torch.int32).cpu().numpy(),
+            values.clamp(max=torch.iinfo(torch.int32).max).to(torch.int32).cpu().numpy(),
             (at % n_columns).to(torch.int32).cpu().numpy(),
             indptr.to(torch.int32).cpu().numpy(),
         ),

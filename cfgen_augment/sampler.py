@@ -15,16 +15,17 @@ from imblearn.over_sampling.base import BaseOverSampler
 from imblearn.utils import check_sampling_strategy, check_target_type
 from imblearn.utils._validation import ArraysTransformer
 from numpy.typing import ArrayLike, NDArray
+from scipy import sparse
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.multiclass import check_classification_targets
 
 from cfgen_augment import annotated
 from cfgen_augment.allocation import allocate, total_after
-from cfgen_augment.attributes import check_attribute, check_feature_names
+from cfgen_augment.attributes import Attributes, check_attribute, check_feature_names
 from cfgen_augment.counts import CellMatrix, append_rows, check_cells
 from cfgen_augment.likelihoods import value_kind
-from cfgen_augment.model import CFGen
-from cfgen_augment.parameters import entropy
+from cfgen_augment.model import LABEL, CFGen
+from cfgen_augment.parameters import check_parameters, entropy
 from cfgen_augment.training import resolve_device
 
 _GENERATION = ("solver", "n_steps", "guidance")  # None leaves each to the model
@@ -114,7 +115,7 @@ class CFGenSampler(BaseOverSampler):
         The seed that was used; passing it as `random_state` repeats the result.
     n_features_in_ : int
         Number of features in the input.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Names of the features, where all are strings.
 
     See Also
@@ -222,7 +223,8 @@ class CFGenSampler(BaseOverSampler):
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.input_tags.positive_only = self.likelihood != "gaussian"
+        model = self.generator if isinstance(self.generator, CFGen) else self
+        tags.input_tags.positive_only = model.likelihood != "gaussian"
         return tags
 
     def fit(self, X: Any, y: ArrayLike, **params: Any) -> CFGenSampler:
@@ -239,8 +241,8 @@ class CFGenSampler(BaseOverSampler):
             Itself.
         """
         self._validate_params()
-        _, codes, _ = self._check_X_y(X, y)
-        self.sampling_strategy_ = self._allocation(codes)
+        cells, labels, _ = self._check_X_y(X, y)
+        self._plan(cells, labels)
         return self
 
     def fit_resample(
@@ -292,7 +294,11 @@ class CFGenSampler(BaseOverSampler):
         y_resampled = np.concatenate([labels, new_labels])
         if container is None:
             resampled = annotated.append_cells(X, new, self.layer)
-            return resampled, ArraysTransformer(y, y).transform(y_resampled, y_resampled)[1]
+            y_resampled = ArraysTransformer(y, y).transform(y_resampled, y_resampled)[1]
+            if hasattr(y_resampled, "iloc"):
+                y_resampled.index = resampled.obs_names
+            return resampled, y_resampled
+        new = _hold_to_columns(new, getattr(X, "dtypes", ()))
         if one_vs_all:
             y_resampled = (y_resampled[:, None] == np.unique(labels)).astype(np.asarray(y).dtype)
         X_resampled, y_resampled = container.transform(append_rows(cells, new), y_resampled)
@@ -332,13 +338,16 @@ class CFGenSampler(BaseOverSampler):
             for name, values in per_cell.items()
             if values is not None
         }
-        matrix = check_cells(cells, value_kind(self._likelihood()), n_min=2)
-        self.sampling_strategy_ = self._allocation(labels)
+        model, matrix = self._plan(cells, labels)
+        seen = model.attributes_ if _is_fitted(model) else Attributes({LABEL: labels, **covariates})
+        seen.weights(model.guidance, ())  # a wrong name must not wait until after training
         self.random_seed_ = entropy(self.random_state)
         for_draw, for_fit, for_generate = np.random.SeedSequence(self.random_seed_).spawn(3)
-        self.generator_ = self._ready_generator(
-            matrix, labels, covariates, int(for_fit.generate_state(1)[0])
-        )
+        if not _is_fitted(model):
+            model.random_state = int(for_fit.generate_state(1)[0])
+            names = getattr(self, "feature_names_in_", None)
+            model.fit(matrix, labels, covariates=covariates, feature_names=names)
+        self.generator_ = model
         new_labels = np.repeat(
             np.array(list(self.sampling_strategy_), dtype=labels.dtype),
             list(self.sampling_strategy_.values()),
@@ -365,6 +374,11 @@ class CFGenSampler(BaseOverSampler):
 
     def _check_X_y(self, X: Any, y: Any) -> tuple[CellMatrix, NDArray, bool]:
         """Cells and labels as arrays, and whether the labels came one-versus-all."""
+        if getattr(getattr(X, "dtype", None), "kind", None) == "c":
+            raise ValueError(
+                "X: expected real numbers; got complex ones. Complex data not supported; pass "
+                "X.real if the imaginary part is empty."
+            )
         if np.ndim(y) == 1 or np.shape(y)[1:] == (1,):
             check_attribute(y, "y", _n_cells(X))
         check_classification_targets(y)
@@ -388,23 +402,48 @@ class CFGenSampler(BaseOverSampler):
             )
         return cells, labels, one_vs_all
 
+    def _plan(self, cells: CellMatrix, labels: NDArray) -> tuple[CFGen, CellMatrix]:
+        """The model to train or to use, and the cells checked for it; sets the strategy.
+
+        What is wrong with parameters and cells comes out here, before any training.
+        """
+        model = self._configured_generator()
+        check_parameters(model.__dict__)
+        matrix = check_cells(cells, value_kind(model.likelihood), n_min=2)
+        if _is_fitted(model):
+            self._check_features(model)
+            model.dtype_ = matrix.dtype
+        self.sampling_strategy_ = self._allocation(labels)
+        return model, matrix
+
+    def _check_features(self, model: CFGen) -> None:
+        """Check that a fitted model is one of these features."""
+        if model.n_features_in_ != self.n_features_in_:
+            raise ValueError(
+                f"generator: expected data with its {model.n_features_in_:,} features; got "
+                f"{self.n_features_in_:,}. Subset the data to the features it was fitted on."
+            )
+        names = getattr(self, "feature_names_in_", None)
+        if names is not None and model.feature_names_ is not None:
+            check_feature_names(names, model.feature_names_)
+
     def _allocation(self, labels: NDArray) -> dict[Any, int]:
         """Cells to generate per class; types below `min_cells` are left out with a warning."""
         classes, sizes = np.unique(labels, return_counts=True)
-        names = classes.tolist() if classes.dtype.kind in "OU" else list(classes)
+        names = classes.tolist()
         if self.sampling_strategy == "inverse-sqrt":
             n_new = total_after(len(labels), self.target_size) - len(labels)
             new = allocate(sizes, n_new, exponent=self.exponent, min_cells=self.min_cells)
             strategy = dict(zip(names, new.tolist(), strict=True))
-            wanted = classes if n_new else classes[:0]
+            wanted = set(names) if n_new else set()
         else:
-            strategy = dict(
-                check_sampling_strategy(self.sampling_strategy, labels, self._sampling_type)
-            )
-            wanted = np.array([name for name, n in strategy.items() if n > 0])
+            resolved = check_sampling_strategy(self.sampling_strategy, labels, self._sampling_type)
+            # Keys as plain str and int, whichever NumPy scalars the strategy came with.
+            strategy = {name: int(resolved[name]) for name in names if name in resolved}
+            wanted = {name for name, n in strategy.items() if n > 0}
         small = {
-            name: int(size)
-            for name, size in zip(names, sizes, strict=True)
+            name: size
+            for name, size in zip(names, sizes.tolist(), strict=True)
             if size < self.min_cells and name in wanted
         }
         if small:
@@ -413,46 +452,24 @@ class CFGenSampler(BaseOverSampler):
                 f"No cells are generated for types with fewer than min_cells={self.min_cells} "
                 f"cells: {listed}. Lower min_cells to generate them all the same.",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=5,
             )
-        return {name: 0 if name in small else int(n) for name, n in strategy.items()}
+        return {name: 0 if name in small else n for name, n in strategy.items()}
 
-    def _likelihood(self) -> str:
-        return self.generator.likelihood if isinstance(self.generator, CFGen) else self.likelihood
-
-    def _ready_generator(
-        self, cells: CellMatrix, labels: NDArray, covariates: Mapping[str, NDArray], seed: int
-    ) -> CFGen:
-        """A fitted model: trained here, or the one given after checking that it fits the data."""
-        model = self._configured_generator(seed)
+    def _configured_generator(self) -> CFGen:
+        """The model to fit or to use, as a copy that can be changed freely."""
+        given = self.generator
+        model = self._own_generator() if given is None else self._given_generator(given)
         for name in _GENERATION:
             if getattr(self, name) is not None:
                 setattr(model, name, getattr(self, name))
-        names = getattr(self, "feature_names_in_", None)
-        if not hasattr(model, "network_"):
-            return model.fit(cells, labels, covariates=covariates, feature_names=names)
-
-        if model.n_features_in_ != self.n_features_in_:
-            raise ValueError(
-                f"generator: expected data with its {model.n_features_in_:,} features; got "
-                f"{self.n_features_in_:,}. Subset the data to the features it was fitted on."
-            )
-        if names is not None and model.feature_names_ is not None:
-            check_feature_names(names, model.feature_names_)
-        check_cells(cells, value_kind(model.likelihood))
-        if model.dtype_ != cells.dtype:
-            model.dtype_ = cells.dtype
         return model
 
-    def _configured_generator(self, seed: int) -> CFGen:
-        """The model to fit or to use, as a copy that can be changed freely."""
-        if self.generator is None:
-            return CFGen(
-                **{name: getattr(self, name) for name in _TRAINING},
-                device=self.device,
-                random_state=seed,
-                verbose=self.verbose,
-            )
+    def _own_generator(self) -> CFGen:
+        parameters = {name: getattr(self, name) for name in _TRAINING}
+        return CFGen(**parameters, device=self.device, verbose=self.verbose)
+
+    def _given_generator(self, given: CFGen | str | os.PathLike) -> CFGen:
         defaults = inspect.signature(type(self).__init__).parameters
         if ignored := [n for n in _TRAINING if getattr(self, n) != defaults[n].default]:
             raise ValueError(
@@ -460,16 +477,25 @@ class CFGenSampler(BaseOverSampler):
                 "on the sampler, where they would do nothing. Set them on the CFGen, or leave "
                 "generator at None."
             )
-        if not isinstance(self.generator, CFGen):
-            return CFGen.load(self.generator, device=self.device)
-        if not hasattr(self.generator, "network_"):
-            template = copy.deepcopy(self.generator)
-            template.random_state = seed
+        if not isinstance(given, CFGen):
+            return CFGen.load(given, device=self.device)
+        if not _is_fitted(given):
+            template = copy.deepcopy(given)
+            if self.device != "auto":
+                template.device = self.device
             return template
-        model = copy.copy(self.generator)
-        if self.device != "auto" and resolve_device(self.device) != model.device_:
-            model = copy.deepcopy(self.generator).to(self.device)
+        # Not copy.copy: like pickling, it would copy the network, and to the CPU.
+        model = type(given).__new__(type(given))
+        model.__dict__.update(given.__dict__)
+        if self._must_move(model):
+            model = copy.deepcopy(model).to(self.device)
         return model
+
+    def _must_move(self, model: CFGen) -> bool:
+        wanted = resolve_device(self.device)
+        if self.device == "auto" and (model.device == "cpu" or model.device_.type != "cpu"):
+            return False  # it is where its owner put it, not where cloning or pickling did
+        return (wanted.type, wanted.index or 0) != (model.device_.type, model.device_.index or 0)
 
     def _draw_covariates(
         self,
@@ -489,6 +515,36 @@ class CFGenSampler(BaseOverSampler):
                 wanted = new_labels == label
                 source[wanted] = random.choice(np.flatnonzero(labels == label), wanted.sum())
         return {name: values[source] for name, values in covariates.items()}
+
+
+def _is_fitted(model: CFGen) -> bool:
+    return hasattr(model, "network_")
+
+
+def _hold_to_columns(new: CellMatrix, dtypes: Any) -> CellMatrix:
+    """Hold generated counts at what the columns of a DataFrame of mixed dtypes can hold.
+
+    The model generates in the one dtype that holds every column; a cast back to a narrower
+    column would wrap around without a word.
+    """
+    if len(set(dtypes)) < 2 or new.dtype.kind not in "iuf" or not new.shape[0]:
+        return new
+    limits = np.full(new.shape[1], np.inf)
+    for column, dtype in enumerate(dtypes):
+        plain = np.dtype(getattr(dtype, "subtype", getattr(dtype, "numpy_dtype", dtype)))
+        if plain.kind in "biu":
+            limits[column] = 1 if plain.kind == "b" else np.iinfo(plain).max
+    values = new.data if sparse.issparse(new) else new
+    limit = limits[new.indices] if sparse.issparse(new) else limits
+    if n_large := int((values > limit).sum()):
+        warnings.warn(
+            f"{n_large:,} generated counts were larger than the dtype of their column can hold "
+            "and were held at its largest value; pass wider columns to keep them.",
+            UserWarning,
+            stacklevel=3,
+        )
+        np.minimum(values, limit, out=values, casting="unsafe")
+    return new
 
 
 def _n_cells(X: Any) -> int:

@@ -1,0 +1,1 @@
+"""Demonstrations and measurements; every number in README and docs comes from a command here."""
