@@ -223,7 +223,7 @@ def _augment(given: argparse.Namespace, adata: AnnData, model: CFGen | None) -> 
         except (ValueError, TypeError, KeyError) as error:
             # A KeyError's own text would come with quotes around it.
             return _fail(BAD_INPUT, str(error.args[0]) if error.args else repr(error))
-        except (FloatingPointError, MemoryError, OSError, RuntimeError) as error:
+        except (FloatingPointError, ImportError, MemoryError, OSError, RuntimeError) as error:
             return _fail(FAILED, str(error) or type(error).__name__)
         if given.model is not None:
             augmented.uns["cfgen_augment"]["parameters"]["generator"] = str(given.model)

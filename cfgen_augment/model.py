@@ -27,6 +27,7 @@ from cfgen_augment.likelihoods import value_kind
 from cfgen_augment.network import Network
 from cfgen_augment.parameters import RandomState, check_parameters, entropy, pair
 from cfgen_augment.size_factors import LogNormalSizeFactor
+from cfgen_augment.solver import check_solver
 from cfgen_augment.stages import (
     BLOCK,
     encode_cells,
@@ -231,10 +232,13 @@ class CFGen:
         ValueError, TypeError
             If a parameter, the matrix or an annotation is not what is described above; raised
             before any training.
+        ImportError
+            If the solver needs torchdyn and it is not installed.
         FloatingPointError
             If training diverges.
         """
         check_parameters(self.__dict__)
+        check_solver(self.solver)
         device = resolve_device(self.device)
         given = self._check_attributes(labels, covariates)
         X = check_cells(X, value_kind(self.likelihood), n_min=2)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-# A group's variance counts as if this many cells with the pooled variance had been added.
+# A group's variance and range count as if this many cells from everywhere had been added.
 _PRIOR_CELLS = 5.0
 
 
@@ -49,8 +49,7 @@ class LogNormalSizeFactor:
         """Fit to the totals ``(n_cells,)`` of cells in ``groups`` (codes below `n_groups`)."""
         log_total = np.log(totals)
         size = np.bincount(groups, minlength=n_groups).astype(np.float64)
-        present = np.maximum(size, 1.0)
-        raw_mean = np.bincount(groups, log_total, minlength=n_groups) / present
+        raw_mean = np.bincount(groups, log_total, minlength=n_groups) / np.maximum(size, 1.0)
         squares = np.bincount(groups, (log_total - raw_mean[groups]) ** 2, minlength=n_groups)
         shared = log_total.mean()
         within = squares.sum() / len(log_total)
@@ -64,15 +63,17 @@ class LogNormalSizeFactor:
             between = max(spread / max(effective, 1e-12), 0.0)
             trust = size * between / np.maximum(size * between + within, 1e-300)
             prior = _PRIOR_CELLS
+        # A few cells may tell where their group lies, but not how far it reaches.
+        reach = np.minimum(trust, size / (size + prior))
         lowest = np.full(n_groups, np.inf)
         highest = np.full(n_groups, -np.inf)
         np.minimum.at(lowest, groups, log_total)
         np.maximum.at(highest, groups, log_total)
         return cls(
             mean=_blend(trust, raw_mean, shared),
-            scale=np.sqrt((squares + prior * within) / (present + prior)),
-            lowest=_blend(trust, np.minimum(lowest, log_total.max()), log_total.min()),
-            highest=_blend(trust, np.maximum(highest, log_total.min()), log_total.max()),
+            scale=np.sqrt((squares + prior * within) / (size + prior)),
+            lowest=_blend(reach, np.minimum(lowest, log_total.max()), log_total.min()),
+            highest=_blend(reach, np.maximum(highest, log_total.min()), log_total.max()),
             share=size / size.sum(),
         )
 

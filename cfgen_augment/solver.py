@@ -68,10 +68,9 @@ def integrate(velocity: Velocity, z: Tensor, *, solver: str, n_steps: int) -> Te
     ImportError
         If ``"dopri5"`` is asked for and torchdyn is not installed.
     """
+    check_solver(solver)
     if solver == "dopri5":
         return _dopri5(velocity, z)
-    if solver not in TABLEAUS:
-        raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}; got {solver!r}.")
     tableau = TABLEAUS[solver]
     h = 1.0 / n_steps
     for step in range(n_steps):
@@ -90,17 +89,36 @@ def _combine(z: Tensor, weights: tuple[float, ...], stages: list[Tensor], h: flo
     return z
 
 
-def _dopri5(velocity: Velocity, z: Tensor) -> Tensor:
+def check_solver(solver: str) -> None:
+    """Check that `solver` can be used, so that a long training need not end in this error.
+
+    Raises
+    ------
+    ValueError
+        If the solver is unknown.
+    ImportError
+        If ``"dopri5"`` is asked for and torchdyn is not installed.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}; got {solver!r}.")
+    if solver == "dopri5":
+        _odeint()
+
+
+def _odeint() -> Callable[..., tuple[Tensor, Tensor]]:
     try:
         from torchdyn.numerics import odeint
     except ImportError as error:
         raise ImportError(
             "solver='dopri5': expected torchdyn to be installed; could not import it "
-            f"({error}). Run: pip install --no-deps torchdyn==1.0.6 torchsde torchcde torchdiffeq "
-            "trampoline, then pip install pytorch-lightning attrs; or use solver='midpoint'."
+            f"({error}). Run: pip install --no-deps torchdyn==1.0.6 torchsde, then "
+            "pip install 'cfgen-augment[dopri5]'; or use solver='midpoint'."
         ) from error
+    return odeint
 
-    _, states = odeint(
+
+def _dopri5(velocity: Velocity, z: Tensor) -> Tensor:
+    _, states = _odeint()(
         lambda t, state: velocity(float(t), state),
         z,
         torch.tensor([0.0, 1.0], dtype=z.dtype, device=z.device),
@@ -108,5 +126,4 @@ def _dopri5(velocity: Velocity, z: Tensor) -> Tensor:
         atol=ADAPTIVE_TOLERANCE,
         rtol=ADAPTIVE_TOLERANCE,
     )
-    final: Tensor = states[-1]
-    return final
+    return states[-1]

@@ -232,16 +232,20 @@ def test_labels_keep_their_type(cells, convert):
     ],
     ids=["ndarray", "csc", "DataFrame", "DataFrame-mixed", "DataFrame-mixed-sparse"],
 )
-def test_narrow_dtypes_saturate_and_never_wrap(container, columns):
-    random = np.random.default_rng(0)
-    counts = np.minimum(random.poisson(240, size=(40, 4)), 255)
+@pytest.mark.parametrize("fitted_before", [False, True], ids=["own-model", "given-model"])
+def test_narrow_dtypes_saturate_and_never_wrap(container, columns, fitted_before):
+    counts = np.minimum(np.random.default_rng(0).poisson(240, size=(40, 4)), 255)
+    labels = np.repeat(["a", "b"], 20)
+    sampler = make(target_size=200)
+    expected, _ = sampler.fit_resample(counts, labels)
+    if fitted_before:  # on a wider dtype
+        sampler = using(sampler.generator_, target_size=200)
     with pytest.warns(UserWarning, match="were held at its largest value") as caught:
-        X, _ = make(target_size=200).fit_resample(container(counts), np.repeat(["a", "b"], 20))
+        X, _ = sampler.fit_resample(container(counts), labels)
     assert len(caught) == 1
-    new = dense(X)[40:, columns]
-    # A draw of 256 or more that wrapped around would be near zero.
-    assert new.max() == 255
-    assert new.min() > 100
+    assert expected[:, columns].max() > 255
+    expected[:, columns] = np.minimum(expected[:, columns], 255)
+    np.testing.assert_array_equal(dense(X), expected)
 
 
 def test_anndata_keeps_names_and_annotation(cells):
@@ -275,9 +279,11 @@ def test_anndata_layer(cells):
 # ----------------------------------------------------------------- randomness
 
 
-def test_seeds(cells):
+@pytest.mark.parametrize("given", [False, True], ids=["own-model", "given-model"])
+def test_seeds(cells, trained, given):
     def run(state):
-        sampler = make(target_size=200, random_state=state)
+        sampler = using(trained) if given else make()
+        sampler.set_params(target_size=200, random_state=state)
         X, _ = sampler.fit_resample(cells.X, cells.labels)
         return X, sampler.random_seed_
 
