@@ -118,7 +118,8 @@ def _check_values(values: NDArray, kind: ValueKind, name: str) -> None:
         if block.min() < 0:
             raise ValueError(
                 f"{name}: expected {_EXPECTED[kind]}; got the negative value {block.min():g}. "
-                "This looks scaled or centred; pass the raw counts (layer='counts' for AnnData), "
+                "Negative values in data: this looks scaled or centred; pass the raw counts "
+                "(layer='counts' for AnnData), "
                 "or likelihood='gaussian' for features that are not counts."
             )
         if kind == "binary" and (bad := block[(block != 0) & (block != 1)]).size:
@@ -170,7 +171,14 @@ def feature_moments(
 
 
 def append_rows(cells: CellMatrix, new: CellMatrix) -> CellMatrix:
-    """`new` below `cells`, in the container, format and dtype of `cells`."""
+    """`new` below `cells`, in the container, format and dtype of `cells`.
+
+    Continuous values that join whole numbers are rounded, and held within the dtype's range.
+    """
+    if cells.dtype.kind in "iu" and new.dtype.kind == "f":
+        limits = np.iinfo(cells.dtype)
+        new = new.toarray() if sparse.issparse(new) else new
+        new = np.clip(np.rint(new), limits.min, limits.max)
     if sparse.issparse(cells):
         new = new if sparse.issparse(new) else sparse.csr_matrix(new)
         return sparse.vstack([cells, new], format=cells.format, dtype=cells.dtype)

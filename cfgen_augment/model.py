@@ -458,7 +458,8 @@ class CFGen:
             empty = np.empty((0, self.n_features_in_), dtype=np.float32)
             return np.concatenate(blocks) if blocks else empty
         if not blocks:
-            return sparse.csr_matrix((0, self.n_features_in_), dtype=self.dtype_)
+            none = sparse.csr_matrix((0, self.n_features_in_), dtype=np.int32)
+            return as_dtype(none, self.dtype_)[0]
         return sparse.vstack(blocks, format="csr")
 
     @torch.inference_mode()

@@ -26,6 +26,7 @@ from cfgen_augment.counts import CellMatrix, append_rows, check_cells
 from cfgen_augment.likelihoods import value_kind
 from cfgen_augment.model import LABEL, CFGen
 from cfgen_augment.parameters import check_parameters, entropy
+from cfgen_augment.solver import check_solver
 from cfgen_augment.training import resolve_device
 
 _GENERATION = ("solver", "n_steps", "guidance")  # None leaves each to the model
@@ -409,6 +410,7 @@ class CFGenSampler(BaseOverSampler):
         """
         model = self._configured_generator()
         check_parameters(model.__dict__)
+        check_solver(model.solver)
         matrix = check_cells(cells, value_kind(model.likelihood), n_min=2)
         if _is_fitted(model):
             self._check_features(model)
@@ -478,7 +480,9 @@ class CFGenSampler(BaseOverSampler):
                 "generator at None."
             )
         if not isinstance(given, CFGen):
-            return CFGen.load(given, device=self.device)
+            model = CFGen.load(given, device=self.device)
+            model.verbose = self.verbose
+            return model
         if not _is_fitted(given):
             template = copy.deepcopy(given)
             if self.device != "auto":

@@ -111,8 +111,8 @@ def _odeint() -> Callable[..., tuple[Tensor, Tensor]]:
     except ImportError as error:
         raise ImportError(
             "solver='dopri5': expected torchdyn to be installed; could not import it "
-            f"({error}). Run: pip install --no-deps torchdyn==1.0.6 torchsde, then "
-            "pip install 'cfgen-augment[dopri5]'; or use solver='midpoint'."
+            f"({error}). Run: pip install 'cfgen-augment[dopri5]', then pip install --no-deps "
+            "torchdyn==1.0.6 torchsde==0.2.6; or use solver='midpoint'."
         ) from error
     return odeint
 

@@ -71,7 +71,7 @@ def resolve_device(device: str) -> torch.device:
         raise ValueError(
             f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N'; got {device!r}."
         ) from error
-    if resolved.type not in ("cpu", "cuda"):
+    if resolved.type not in ("cpu", "cuda") or (resolved.type == "cpu" and resolved.index):
         raise ValueError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N'; got {device!r}.")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ValueError(
@@ -128,10 +128,12 @@ def minibatches(
     """Cut `rows`, shuffled if `random` is given, into minibatches of nearly equal size.
 
     Equal sizes mean that no batch ever holds a single cell, which batch norm could not train on.
+    In pairs, an odd number of cells would still leave one alone: one batch then takes three.
     """
     if random is not None:
         rows = random.permutation(rows)
-    yield from np.array_split(rows, math.ceil(len(rows) / batch_size))
+    n_batches = min(math.ceil(len(rows) / batch_size), max(len(rows) // 2, 1))
+    yield from np.array_split(rows, n_batches)
 
 
 def train(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cfgen_augment.allocation import allocate, largest_remainder, total_after
@@ -14,6 +14,7 @@ totals = st.integers(0, 1_000_000)
 exponents = st.floats(0.0, 5.0)
 
 
+@settings(deadline=None)
 @given(sizes_of_types, totals, exponents)
 def test_total_is_exact_and_rarer_types_never_get_fewer(sizes, n_new, exponent):
     new = allocate(sizes, n_new, exponent=exponent)
@@ -28,6 +29,7 @@ def test_total_is_exact_and_rarer_types_never_get_fewer(sizes, n_new, exponent):
         assert same.max() - same.min() <= 1
 
 
+@settings(deadline=None)
 @given(st.data(), totals, exponents)
 def test_permuting_types_permutes_the_allocation(data, n_new, exponent):
     # Among types of one size a cell left over goes by position, so sizes differ here.
@@ -38,6 +40,7 @@ def test_permuting_types_permutes_the_allocation(data, n_new, exponent):
     np.testing.assert_array_equal(permuted, new[list(order)])
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.0, 1e6), min_size=1, max_size=30), totals)
 def test_largest_remainder_stays_within_one_of_the_exact_share(shares, total):
     assume(sum(shares) > 1e-3)
@@ -47,6 +50,7 @@ def test_largest_remainder_stays_within_one_of_the_exact_share(shares, total):
     assert (np.abs(whole - exact) < 1.0 + 1e-6).all()
 
 
+@settings(deadline=None)
 @given(sizes_of_types, totals, st.integers(0, 1_000_000))
 def test_types_below_min_cells_get_none_and_the_others_all(sizes, n_new, min_cells):
     assume(max(sizes) >= min_cells)

@@ -69,7 +69,7 @@ def test_missing_values(missing):
         ),
         pytest.param(["B", 1], None, TypeError, r"one kind; got int, str", id="mixed-list"),
         pytest.param(np.array([b"B"]), None, TypeError, r"got \|S1", id="bytes"),
-        pytest.param(np.array([(1,)] + [()], dtype=object), None, TypeError, r"tuple", id="tuples"),
+        pytest.param(np.array([(1,), ()], dtype=object), None, TypeError, r"tuple", id="tuples"),
         pytest.param(
             np.array(["2020-01-01"], dtype="datetime64[D]"), None, TypeError, r"got datetime64",
             id="dates",

@@ -253,3 +253,12 @@ def test_append_rows_keeps_container_format_and_dtype(container):
     assert both.dtype == np.float32
     np.testing.assert_array_equal(dense(both), [*COUNTS.tolist(), [0, 9, 0]])
     np.testing.assert_array_equal(dense(append_rows(cells, new.toarray())), dense(both))
+
+
+@pytest.mark.parametrize("container", [np.asarray, sparse.csc_array], ids=["ndarray", "csc"])
+def test_continuous_rows_join_whole_numbers_rounded_and_within_range(container):
+    new = np.array([[0.4, -1.6, 1e6]])
+    both = append_rows(container(COUNTS.astype(np.int8)), new)
+    assert both.dtype == np.int8
+    assert dense(both)[-1].tolist() == [0, -2, 127]
+    assert new.tolist() == [[0.4, -1.6, 1e6]]

@@ -51,8 +51,8 @@ def test_path_runs_from_noise_to_data():
 def test_target_velocity_is_the_time_derivative_of_the_path(t):
     z_0, z_1 = torch.randn((2, 5, 3), generator=seeded(), dtype=torch.float64)
     time = torch.full((5, 1), t, dtype=torch.float64)
-    _, derivative = torch.func.jvp(
-        lambda s: interpolate(z_0, z_1, s), (time,), (torch.ones_like(time),)
+    _, derivative = torch.autograd.functional.jvp(
+        lambda s: interpolate(z_0, z_1, s), time, torch.ones_like(time)
     )
     torch.testing.assert_close(target_velocity(z_0, z_1), derivative)
 

@@ -199,7 +199,7 @@ def test_dispersion_per_label_and_gene():
     bursty, poisson = log_theta.tolist()  # classes_ are sorted
     assert bursty < np.log(2.0)
     assert poisson > np.log(8.0)
-    with pytest.raises(ValueError, match="gene-label.*expected labels"):
+    with pytest.raises(ValueError, match=r"gene-label.*expected labels"):
         model.generate(n_cells=3)
 
 

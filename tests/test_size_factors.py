@@ -33,22 +33,41 @@ def own_values(data, group):
     return np.log(totals[groups == group])
 
 
-def test_one_group_is_plain_maximum_likelihood(data):
-    totals, _ = data
+def test_one_small_group_is_plain_maximum_likelihood(data):
+    totals = data[0][:40]
     fit = LogNormalSizeFactor.fit(totals, np.zeros(len(totals), dtype=int), n_groups=1)
     np.testing.assert_allclose(fit.mean, np.log(totals).mean(), rtol=1e-12)
     np.testing.assert_allclose(fit.scale, np.log(totals).std(), rtol=1e-12)
     assert (np.exp(fit.lowest), np.exp(fit.highest)) == pytest.approx((totals.min(), totals.max()))
+    assert fit.shift.tolist() == [0.0]
     assert fit.share.tolist() == [1.0]
 
 
 @pytest.mark.parametrize("group", [0, 1])
-def test_large_groups_are_nearly_maximum_likelihood(data, fitted, group):
-    own = own_values(data, group)
-    assert fitted.mean[group] == pytest.approx(own.mean(), abs=1e-3)
-    assert fitted.scale[group] == pytest.approx(own.std(), rel=5e-3)
+def test_large_groups_are_maximum_likelihood_given_their_shift(data, fitted, group):
+    totals = data[0][data[1] == group]
+    shifted = np.log(totals + fitted.shift[group])
+    assert fitted.mean[group] == pytest.approx(shifted.mean())
+    assert fitted.scale[group] == pytest.approx(shifted.std())
+    assert abs(fitted.shift[group]) < 0.5 * totals.mean()  # the truth is no shift
+    own = np.log(totals)
     assert fitted.lowest[group] == pytest.approx(own.min(), abs=0.01)
     assert fitted.highest[group] == pytest.approx(own.max(), abs=0.01)
+
+
+@pytest.mark.parametrize("shift", [-300.0, 2_000.0], ids=["right-skewed", "left-skewed"])
+def test_skewed_depths_are_followed(shift):
+    rng = np.random.default_rng(2)
+    base = rng.lognormal(0.0, 0.4, 2_000)
+    totals = 1_000.0 * base + 330.0 if shift < 0 else np.maximum(3_000.0 * base**0.4 - shift, 50.0)
+    none = np.zeros(len(totals), dtype=int)
+    fit = LogNormalSizeFactor.fit(totals, none, n_groups=1)
+    assert np.sign(fit.shift[0]) == np.sign(shift)
+    drawn = fit.sample(np.zeros(20_000, dtype=int), np.random.default_rng(0))
+    plain = np.exp(rng.normal(np.log(totals).mean(), np.log(totals).std(), 20_000))
+    distance = stats.ks_2samp(drawn, totals).statistic
+    assert distance < 0.03
+    assert distance < stats.ks_2samp(plain, totals).statistic
 
 
 @pytest.mark.parametrize("group", [2, 3])
@@ -63,7 +82,7 @@ def test_small_groups_are_shrunk_towards_the_shared_fit(data, fitted, group):
 
 def test_a_singleton_is_shrunk_more_than_the_same_value_seen_often():
     rng = np.random.default_rng(0)
-    groups = np.repeat([0, 1, 2, 3], [200, 200, 50, 1])
+    groups = np.repeat([0, 1, 2, 3], [200, 200, 40, 1])
     log_total = rng.normal(np.array([5.0, 6.0, 8.0, 8.0])[groups], 0.4)
     log_total[groups == 2] += 8.0 - log_total[groups == 2].mean()
     log_total[groups == 3] = 8.0
@@ -101,11 +120,13 @@ def test_draws_stay_within_the_range_seen(data, fitted, group):
 
 @pytest.mark.parametrize("group", [0, 1])
 def test_draws_follow_the_truncated_normal(fitted, group):
-    drawn = np.log(fitted.sample(np.full(5000, group), np.random.default_rng(0)))
+    shift = fitted.shift[group]
+    totals = fitted.sample(np.full(5000, group), np.random.default_rng(0))
     mean, scale = fitted.mean[group], fitted.scale[group]
-    bounds = (np.array([fitted.lowest[group], fitted.highest[group]]) - mean) / scale
+    ends = np.exp([fitted.lowest[group], fitted.highest[group]])
+    bounds = (np.log(ends + shift) - mean) / scale
     law = stats.truncnorm(*bounds, loc=mean, scale=scale)
-    assert stats.kstest(drawn, law.cdf).pvalue > 1e-3
+    assert stats.kstest(np.log(totals + shift), law.cdf).pvalue > 1e-3
 
 
 def test_an_unknown_group_gets_one_as_common_as_in_training(data, fitted):
@@ -118,9 +139,7 @@ def test_an_unknown_group_gets_one_as_common_as_in_training(data, fitted):
 
 def test_draws_follow_the_generator(fitted):
     groups = np.array([0, -1, 3, 1])
-    first, again, other = (
-        fitted.sample(groups, np.random.default_rng(seed)) for seed in (0, 0, 1)
-    )
+    first, again, other = (fitted.sample(groups, np.random.default_rng(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cfgen_augment.solver import SOLVERS, TABLEAUS, Tableau, integrate
+from cfgen_augment.solver import SOLVERS, TABLEAUS, Tableau, check_solver, integrate
 
 Z = torch.tensor([[1.0, -0.5], [0.2, 2.0]], dtype=torch.float64)
 
@@ -22,9 +22,9 @@ def rotating(t: float, z: torch.Tensor) -> torch.Tensor:
 
 def rotated(z: torch.Tensor) -> torch.Tensor:
     """`rotating` carried from 0 to 1: turned by the integral of 1 + 2t, grown by exp(1/2)."""
-    angle = 2.0
-    turn = torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-    return math.exp(0.5) * z @ turn.to(z)
+    cos, sin = math.cos(2.0), math.sin(2.0)
+    turn = torch.tensor([[cos, sin], [-sin, cos]], dtype=z.dtype)
+    return math.exp(0.5) * z @ turn
 
 
 @pytest.mark.parametrize("name", TABLEAUS)
@@ -51,9 +51,9 @@ def test_error_falls_with_the_order_of_the_method(name):
 
 def test_the_regression_tells_a_wrong_tableau(monkeypatch):
     wrong = Tableau(2, c=(0.0, 0.5), a=((), (0.5,)), b=(0.5, 0.5))
-    monkeypatch.setitem(TABLEAUS, "wrong", wrong)
+    monkeypatch.setitem(TABLEAUS, "midpoint", wrong)
     coarse, fine = (
-        float((integrate(rotating, Z, solver="wrong", n_steps=n) - rotated(Z)).abs().max())
+        float((integrate(rotating, Z, solver="midpoint", n_steps=n) - rotated(Z)).abs().max())
         for n in (16, 128)
     )
     assert math.log(coarse / fine) / math.log(8) < 1.5
@@ -113,6 +113,10 @@ def test_unknown_solver():
 def test_missing_torchdyn_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchdyn.numerics", None)
     monkeypatch.setitem(sys.modules, "torchdyn", None)
-    with pytest.raises(ImportError, match=r"expected torchdyn .*--no-deps torchdyn.*'midpoint'"):
+    message = r"expected torchdyn .*--no-deps torchdyn==.*solver='midpoint'"
+    with pytest.raises(ImportError, match=message):
+        check_solver("dopri5")
+    with pytest.raises(ImportError, match=message):
         integrate(rotating, Z, solver="dopri5", n_steps=2)
+    check_solver("midpoint")
     integrate(rotating, Z, solver="midpoint", n_steps=2)  # needs none of it

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -25,6 +25,7 @@ from cfgen_augment.training import (
 # --------------------------------------------------------------- minibatches
 
 
+@settings(deadline=None)
 @given(st.integers(2, 2000), st.integers(2, 300), st.booleans())
 def test_minibatches_cover_every_row_once_and_none_is_alone(n, batch_size, shuffled):
     rows = np.arange(100, 100 + n)
@@ -55,6 +56,7 @@ def test_a_single_row_is_one_batch():
 # ------------------------------------------------------------------ hold out
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 5), min_size=2, max_size=200),
     st.floats(0.0, 0.99),
@@ -142,7 +144,7 @@ def test_early_stopping_restores_the_best_weights(validation, patience, epochs, 
     assert history.best_epoch == best
     assert history.validation == validation[:epochs]
     assert len(history.training) == epochs
-    assert float(run.module.weight) == pytest.approx(annealed(best + 1, len(validation)))
+    assert run.module.weight.item() == pytest.approx(annealed(best + 1, len(validation)))
     assert run.modes == [True, False] * epochs
     assert not run.module.training
 
@@ -200,7 +202,7 @@ def test_training_fits_and_is_silent_unless_asked(capfd, caplog):
             return train(
                 module,
                 loss,
-                lambda: float(loss(np.arange(101))),
+                lambda: loss(np.arange(101)).item(),
                 rows=np.arange(101),
                 optimizer=torch.optim.AdamW(module.parameters(), lr=0.1),
                 schedule=Schedule(0.1, 40, 16, 40),
@@ -211,7 +213,7 @@ def test_training_fits_and_is_silent_unless_asked(capfd, caplog):
 
     history = fit(verbose=False)
     assert history.validation[history.best_epoch] < 1e-3 < history.validation[0]
-    assert float(loss(np.arange(101))) == pytest.approx(min(history.validation))
+    assert loss(np.arange(101)).item() == pytest.approx(min(history.validation))
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
     assert "flow: 40 epochs" in caplog.text
