@@ -33,9 +33,9 @@ def curve(model: CFGen, labels: np.ndarray, steps: list[int], seed: int) -> pd.D
     noise = torch.randn(
         (len(labels), model.n_latent), generator=torch.Generator().manual_seed(seed)
     )
-    weights = model.attributes_.weights(1.0, ["label"])
+    terms = model.attributes_.terms(1.0, ["label"])
     size = model._flow_size(totals, network.device)
-    velocity = guided(network.field, torch.as_tensor(codes + 1), weights, size)
+    velocity = guided(network.field, torch.as_tensor(codes + 1), terms, size)
     log_size = torch.zeros(len(labels), 1)
 
     def solve(solver: str, n_steps: int) -> tuple[torch.Tensor, torch.Tensor, int]:

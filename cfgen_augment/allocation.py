@@ -128,7 +128,7 @@ def allocate(
             f"has {int(sizes.max(initial=0))}. Lower min_cells."
         )
     rarest_first = eligible[np.argsort(sizes[eligible], kind="stable")]
-    # Relative to the smallest type, so that steep exponents neither overflow nor vanish.
-    relative = sizes[rarest_first] / sizes[rarest_first[0]]
-    new[rarest_first] = largest_remainder(relative ** -float(exponent), n_new)
+    # Relative to the largest share, so that steep exponents do not overflow.
+    log_shares = -float(exponent) * np.log(sizes[rarest_first])
+    new[rarest_first] = largest_remainder(np.exp(log_shares - log_shares.max()), n_new)
     return new

@@ -88,6 +88,13 @@ def check_extendable(adata: AnnData, key: str) -> None:
             "obs_names: expected unique names of cells; got duplicates. Run "
             "adata.obs_names_make_unique() first."
         )
+    if "cfgen_augment" in adata.uns:
+        raise ValueError(
+            "uns: expected data that were not augmented before; uns['cfgen_augment'] says they "
+            "were, and generated cells must not be learned from as real ones. Augment the "
+            "original data with a larger target_size, or subset to the real cells and delete "
+            "that entry."
+        )
     if key in adata.obs:
         raise ValueError(
             f"obs: expected no column {key!r}, which marks generated cells; it is already there. "
@@ -123,9 +130,10 @@ def append_cells(
     Returns
     -------
     AnnData
-        With ``X`` (and ``layers[layer]``), obs, var, varm, varp and uns. What cannot hold with
-        cells added (other layers, obsm, obsp, raw, and entries of uns that describe a neighbour
-        graph) is dropped, and a warning names it.
+        With ``X`` (and ``layers[layer]``), layers that hold the same counts, obs, var, varm, varp
+        and uns. What cannot hold with cells added (other layers, obsm, obsp, raw, and entries of
+        uns that describe a neighbour graph or a transformation of ``X``) is dropped, and a
+        warning names it.
 
     Raises
     ------
@@ -138,22 +146,25 @@ def append_cells(
     real = counts(adata, layer)
     stacked = append_rows(real, new)
     obs = _extended_obs(adata, stacked.shape[0] - adata.n_obs, key, columns or {})
-    graphs = [
+    stale = [
         k for k, v in adata.uns.items() if isinstance(v, Mapping) and "connectivities_key" in v
     ]
+    if layer is not None and "log1p" in adata.uns:
+        stale.append("log1p")  # what scanpy would warn about, now that X holds counts
+    kept = [k for k in adata.layers if k == layer or _equal(counts(adata, k), real)]
     result = anndata.AnnData(
         X=stacked,
         obs=obs,
         var=adata.var.copy(),
-        uns=copy.deepcopy({k: v for k, v in adata.uns.items() if k not in graphs}),
+        uns=copy.deepcopy({k: v for k, v in adata.uns.items() if k not in stale}),
         varm={k: v.copy() for k, v in adata.varm.items()},
         varp={k: v.copy() for k, v in adata.varp.items()},
     )
-    if layer is not None:
-        result.layers[layer] = stacked.copy()  # normalising X in place must not change the counts
-    dropped = [f"layers[{k!r}]" for k in adata.layers if k != layer]
+    for k in kept:
+        result.layers[k] = stacked.copy()  # normalising X in place must not change the counts
+    dropped = [f"layers[{k!r}]" for k in adata.layers if k not in kept]
     dropped += [f"obsm[{k!r}]" for k in adata.obsm] + [f"obsp[{k!r}]" for k in adata.obsp]
-    dropped += [f"uns[{k!r}]" for k in graphs] + (["raw"] if adata.raw is not None else [])
+    dropped += [f"uns[{k!r}]" for k in stale] + (["raw"] if adata.raw is not None else [])
     if layer is not None and adata.X is not None:
         dropped.append("X (replaced by the counts)")
     if dropped:
@@ -164,6 +175,15 @@ def append_cells(
             stacklevel=3,
         )
     return result
+
+
+def _equal(matrix: CellMatrix, counts: CellMatrix) -> bool:
+    """Whether two matrices of the same cells hold the same values."""
+    if sparse.issparse(matrix) != sparse.issparse(counts):
+        return False
+    if sparse.issparse(matrix):
+        return matrix.nnz == counts.nnz and (matrix != counts).nnz == 0
+    return bool(np.array_equal(matrix, counts))
 
 
 def _extended_obs(
@@ -231,18 +251,7 @@ def read_h5ad(path: Path) -> AnnData:
 def write_h5ad(adata: AnnData, path: Path) -> None:
     """Write a file that appears complete or not at all; a link stays one."""
     path = path.resolve()
-    handle, made = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".part")
-    os.close(handle)
-    try:
-        adata.write_h5ad(made, compression="gzip")
-        os.chmod(made, 0o666 & ~_umask())
-        os.replace(made, path)
-    except BaseException:
-        os.unlink(made)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as made:
+        complete = Path(made) / path.name
+        adata.write_h5ad(complete, compression="gzip")
+        os.replace(complete, path)

@@ -119,8 +119,20 @@ class Attributes:
             codes[:, column] = [known[value] for value in values.tolist()]
         return codes
 
-    def weights(self, guidance: float | Mapping[str, float], given: Collection[str]) -> list[float]:
-        """Guidance weight of every attribute, zero for those not `given`.
+    def terms(
+        self, guidance: float | Mapping[str, float], given: Collection[str]
+    ) -> list[tuple[float, NDArray[np.bool_]]]:
+        """Fields that make up the guided one: coefficients, and the attributes each sees.
+
+        A number `w` weighs the attributes in `given` together, ``(1 - w) v_0 + w v_given``; at
+        one it is plain conditional sampling. A mapping weighs each attribute alone and composes
+        them (Eq. 10), ``v_0 + sum_i w_i (v_i - v_0)``; attributes it does not name have weight 1.
+        Terms with coefficient zero are left out, so that they cost no network call.
+
+        Returns
+        -------
+        list of (float, ndarray of shape (n_attributes,))
+            Coefficients, which add up to one, and masks.
 
         Raises
         ------
@@ -132,12 +144,22 @@ class Attributes:
                 raise ValueError(
                     f"guidance: expected attributes of the model ({self.names}); got {unknown}."
                 )
-            by_name = dict.fromkeys(self.categories, 1.0) | dict(guidance)
+            by_mask = [
+                (guidance.get(name, 1.0), np.array([name == other for other in self.names]))
+                for name in self.names
+                if name in given
+            ]
         else:
-            by_name = dict.fromkeys(self.categories, guidance)
-        if not all(isinstance(w, Real) and np.isfinite(w) for w in by_name.values()):
+            by_mask = [(guidance, np.array([name in given for name in self.names]))]
+        values = guidance.values() if isinstance(guidance, Mapping) else [guidance]
+        if not all(isinstance(w, Real) and np.isfinite(w) for w in values):
             raise ValueError(f"guidance: expected finite numbers; got {guidance!r}.")
-        return [float(by_name[name]) if name in given else 0.0 for name in self.categories]
+        nothing = np.zeros(len(self.names), dtype=bool)
+        if not given:
+            return [(1.0, nothing)]
+        rest = 1.0 - sum(float(weight) for weight, _ in by_mask)
+        terms = [(rest, nothing), *((float(weight), mask) for weight, mask in by_mask)]
+        return [(weight, mask) for weight, mask in terms if abs(weight) > 1e-9]
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """Plain values, read back by `from_json`."""

@@ -57,7 +57,8 @@ def check_destination(directory: Path, *, overwrite: bool) -> None:
     if not overwrite:
         raise FileExistsError(
             f"{directory}: expected a new or empty directory; a saved model is already there. "
-            "Choose another directory, or pass overwrite=True (--force)."
+            "Choose another directory, or allow overwriting it (overwrite=True, "
+            "overwrite_model=True, --force)."
         )
 
 

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -225,6 +226,11 @@ def _augment(given: argparse.Namespace, adata: AnnData, model: CFGen | None) -> 
             return _fail(BAD_INPUT, str(error.args[0]) if error.args else repr(error))
         except (FloatingPointError, ImportError, MemoryError, OSError, RuntimeError) as error:
             return _fail(FAILED, str(error) or type(error).__name__)
+        except Exception as error:  # a fault of ours: say where, and keep to the exit codes
+            traceback.print_exc()
+            return _fail(
+                FAILED, f"unexpected {type(error).__name__}; please report it with the above"
+            )
         if given.model is not None:
             augmented.uns["cfgen_augment"]["parameters"]["generator"] = str(given.model)
         try:

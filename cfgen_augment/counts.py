@@ -17,6 +17,11 @@ CellMatrix: TypeAlias = Any
 ValueKind: TypeAlias = Literal["count", "binary", "real"]
 
 _SCAN = 1 << 22  # values checked at a time: bounds the temporaries of a whole-matrix scan
+_REMEDY = (
+    "pass the raw counts (for AnnData layer='counts' or --layer counts, or adata.raw.to_adata() if "
+    "they are in .raw), or likelihood='gaussian' for features that are not counts."
+)
+_LARGEST_COUNT = 2**31 - 1  # what drawn counts are held in
 _EXPECTED = {
     "count": "raw counts (non-negative whole numbers)",
     "binary": "zeros and ones",
@@ -118,9 +123,12 @@ def _check_values(values: NDArray, kind: ValueKind, name: str) -> None:
         if block.min() < 0:
             raise ValueError(
                 f"{name}: expected {_EXPECTED[kind]}; got the negative value {block.min():g}. "
-                "Negative values in data: this looks scaled or centred; pass the raw counts "
-                "(layer='counts' for AnnData), "
-                "or likelihood='gaussian' for features that are not counts."
+                f"Negative values in data: this looks scaled or centred; {_REMEDY}"
+            )
+        if kind == "count" and block.max() > _LARGEST_COUNT:
+            raise ValueError(
+                f"{name}: expected counts up to {_LARGEST_COUNT:,}; got {block.max():g}. No cell "
+                "has that many molecules of a gene: check what the matrix holds."
             )
         if kind == "binary" and (bad := block[(block != 0) & (block != 1)]).size:
             raise ValueError(
@@ -130,8 +138,7 @@ def _check_values(values: NDArray, kind: ValueKind, name: str) -> None:
         if block.dtype.kind == "f" and (bad := block[block != np.floor(block)]).size:
             raise ValueError(
                 f"{name}: expected {_EXPECTED[kind]}; got the fraction {bad[0]:g}. This looks "
-                "log-normalised; pass the raw counts (layer='counts' for AnnData), or "
-                "likelihood='gaussian' for features that are not counts."
+                f"log-normalised; {_REMEDY}"
             )
 
 
@@ -153,21 +160,21 @@ def total_counts(X: CellMatrix) -> NDArray[np.float64]:
     return np.maximum(totals, 1.0)
 
 
-def feature_moments(
-    X: CellMatrix, *, block: int = 4096
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def feature_moments(X: CellMatrix) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean and variance (``ddof=0``) of every feature, each of shape ``(n_features,)``."""
     n_cells, n_features = X.shape
-    total = np.zeros(n_features)
-    square = np.zeros(n_features)
-    centre = dense_rows(X, slice(0, min(block, n_cells))).mean(axis=0, dtype=np.float64)
-    for start in range(0, n_cells, block):
-        # Shifted by a rough mean so that a large offset does not cancel the variance away.
-        values = dense_rows(X, slice(start, start + block)) - centre
-        total += values.sum(axis=0)
-        square += np.square(values).sum(axis=0)
-    shifted = total / n_cells
-    return centre + shifted, np.maximum(square / n_cells - shifted**2, 0.0)
+    mean = np.asarray(X.sum(axis=0, dtype=np.float64)).reshape(-1) / n_cells
+    squares = np.zeros(n_features)  # of deviations from the mean, so that large offsets are safe
+    if sparse.issparse(X):
+        for start in range(0, X.nnz, _SCAN):
+            columns = X.indices[start : start + _SCAN]
+            deviations = X.data[start : start + _SCAN] - mean[columns]
+            squares += np.bincount(columns, np.square(deviations), minlength=n_features)
+        squares += (n_cells - np.bincount(X.indices, minlength=n_features)) * np.square(mean)
+    else:
+        for rows in np.array_split(X, -(-X.size // _SCAN)):
+            squares += np.square(rows - mean).sum(axis=0)
+    return mean, squares / n_cells
 
 
 def append_rows(cells: CellMatrix, new: CellMatrix) -> CellMatrix:

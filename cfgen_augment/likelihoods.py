@@ -11,6 +11,7 @@ Symbols: ``x`` counts, ``mu`` mean, ``theta`` inverse dispersion, ``l`` size fac
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cfgen_augment.counts import ValueKind
+
+logger = logging.getLogger(__name__)
 
 _LOG_THETA_RANGE = (-10.0, 10.0)  # beyond, float32 cannot tell the model from its limits
 
@@ -59,9 +62,6 @@ class Likelihood(nn.Module):
             Total count of each training cell, shape ``(n_cells,)``.
         """
         raise TypeError(f"{type(self).__name__} is not a noise model by itself")
-
-    def match_variance(self, cells: np.ndarray, excess: np.ndarray, square: np.ndarray) -> None:
-        """Adjust free dispersion to second moments; nothing to do for models without one."""
 
     def encoder_input(self, x: Tensor) -> Tensor:
         """What the encoder sees: ``log(1 + x)`` for counts."""
@@ -159,6 +159,9 @@ class NegativeBinomial(_Composition):
             trust = (cells / (cells + _POOLING_CELLS))[:, None]
             inverse = trust * own + (1.0 - trust) * pooled
         low, high = _LOG_THETA_RANGE
+        logger.info(
+            "dispersion: %.0f%% of genes are Poisson", 100 * np.mean(pooled <= math.exp(-high))
+        )
         log_theta = -np.log(np.clip(inverse, math.exp(-high), math.exp(-low)))
         self.log_theta.copy_(torch.as_tensor(log_theta))
 
@@ -198,14 +201,16 @@ class NegativeBinomial(_Composition):
         ratio = mu / theta
         log_zero = -theta * torch.log1p(ratio)
 
+        def theta_at(at: Tensor) -> Tensor:
+            return theta[0][at % theta.shape[1]] if len(theta) == 1 else theta.reshape(-1)[at]
+
         def recurrence(at: Tensor) -> tuple[Tensor, Tensor]:
             r = ratio.reshape(-1)[at].double()
             b = r / (1.0 + r)
-            return theta.expand_as(mu).reshape(-1)[at].double() * b, b
+            return theta_at(at).double() * b, b
 
         def mixture(at: Tensor) -> Tensor:
-            shape = theta.expand_as(mu).reshape(-1)[at]
-            rate = _standard_gamma(shape, generator) * ratio.reshape(-1)[at]
+            rate = _standard_gamma(theta_at(at), generator) * ratio.reshape(-1)[at]
             return torch.poisson(rate, generator=generator)
 
         walk = (mu <= _WALK_MEAN) & (ratio <= _WALK_RATIO)
@@ -276,9 +281,9 @@ class Gaussian(Likelihood):
     def initialise(self, mean: np.ndarray, variance: np.ndarray, totals: np.ndarray) -> Tensor:
         """Start from the data's moments, see `Likelihood.initialise`."""
         scale = np.sqrt(variance)
-        # A constant feature carries nothing: any scale leaves its standardised value at zero.
-        scale[scale <= 1e-6 * np.abs(mean)] = 1e-6
-        scale[scale == 0.0] = 1e-6
+        # A constant feature carries nothing: any scale leaves its standardised value at zero. The
+        # floor follows the mean, below whose rounding error float32 sees no spread.
+        scale = np.maximum(scale, 1e-6 * np.maximum(np.abs(mean), 1.0))
         with torch.no_grad():
             self.feature_mean.copy_(torch.as_tensor(mean))
             self.feature_scale.copy_(torch.as_tensor(scale))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import os
@@ -29,7 +28,7 @@ from cfgen_augment.parameters import RandomState, check_parameters, entropy, pai
 from cfgen_augment.size_factors import LogNormalSizeFactor
 from cfgen_augment.solver import check_solver
 from cfgen_augment.stages import (
-    BLOCK,
+    block_rows,
     encode_cells,
     match_dispersion,
     train_autoencoder,
@@ -52,7 +51,7 @@ class CFGen:
 
     .. math::
 
-        z \sim p_\theta(z \mid y), \quad \log l \sim \mathcal{N}(\mu_y, \sigma_y^2), \quad
+        z \sim p(z \mid y, l), \quad \log (l + s_y) \sim \mathcal{N}(\mu_y, \sigma_y^2), \quad
         x_g \sim \mathrm{NB}(l \, \mathrm{softmax}(h(z))_g, \theta_g)
 
     Parameters
@@ -85,15 +84,17 @@ class CFGen:
         Share of training cells for which the flow sees no attribute.
     validation_fraction : float
         Share of each label's cells held out of training to stop early and choose weights.
-    patience : int
-        Epochs without a better held-out loss before training stops.
+    patience : "auto" or int
+        Epochs without a better held-out loss before training stops; ``"auto"`` is a fifth of the
+        stage's epochs, at least 5.
     solver : {"midpoint", "heun", "rk4", "dopri5"}
         How the flow is integrated; ``"dopri5"`` is adaptive at 1e-5 and needs torchdyn.
     n_steps : int
         Steps of the fixed-step solvers.
     guidance : float or mapping from str to float
-        Default weight of each attribute given to `generate` (Eq. 10); a mapping names
-        attributes, and those not named have weight 1.
+        Default guidance of `generate`. A number weighs all attributes given together (1 is plain
+        conditional sampling, one network call); a mapping weighs each of them alone and composes
+        them by Eq. 10, those not named with weight 1.
     device : str
         ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
     random_state : int, Generator, RandomState or None
@@ -169,7 +170,7 @@ class CFGen:
         learning_rate: float | tuple[float, float] = 2e-3,
         attribute_dropout: float = 0.2,
         validation_fraction: float = 0.1,
-        patience: int = 30,
+        patience: str | int = "auto",
         solver: str = "midpoint",
         n_steps: int = 10,
         guidance: float | Mapping[str, float] = 1.0,
@@ -197,6 +198,18 @@ class CFGen:
         self.device = device
         self.random_state = random_state
         self.verbose = verbose
+
+    def __repr__(self) -> str:
+        """Parameters that differ from their defaults, as scikit-learn shows estimators."""
+        defaults = inspect.signature(type(self).__init__).parameters
+        changed = {
+            name: value
+            for name, value in vars(self).items()
+            if name in defaults
+            and value is not defaults[name].default
+            and value != defaults[name].default
+        }
+        return f"CFGen({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
 
     # ------------------------------------------------------------------ fit
 
@@ -279,8 +292,7 @@ class CFGen:
                 verbose=self.verbose,
             )
         }
-        if self.likelihood == "nb":
-            match_dispersion(network.autoencoder, X, codes[:, 0], totals, device)
+        match_dispersion(network.autoencoder, X, codes[:, 0], totals, device)
         latents = network.standardise(encode_cells(network.autoencoder, X, device))
         history["flow"] = train_flow(
             network.field,
@@ -317,7 +329,8 @@ class CFGen:
         if self.size_factor not in ("shared", *attributes):
             raise ValueError(
                 f"size_factor: expected 'shared', 'label' or a covariate ({sorted(covariates)}); "
-                f"got {self.size_factor!r}. Pass it in covariates, or choose another."
+                f"got {self.size_factor!r}. Pass its values (covariates= here, donor= or batch= to "
+                "fit_resample, --donor-key or --batch-key), or choose another."
             )
         return attributes
 
@@ -358,7 +371,12 @@ class CFGen:
             )
             epochs = autoencoder, flow
         first, second = (
-            Schedule(float(rate), int(n), int(self.batch_size), int(self.patience))
+            Schedule(
+                float(rate),
+                int(n),
+                int(self.batch_size),
+                max(5, int(n) // 5) if self.patience == "auto" else int(self.patience),
+            )
             for rate, n in zip(pair(self.learning_rate), epochs, strict=True)
         )
         return first, second
@@ -394,12 +412,14 @@ class CFGen:
             Further attributes to condition on, by name, each one value per cell. Any subset of
             those seen in training.
         guidance
-            Weight of every attribute given (Eq. 10), as one number or by name; None uses the
-            model's own `guidance`. Weight 0 leaves an attribute out of the flow.
+            One weight for the attributes given, together, or weights by name, composed by Eq. 10;
+            see the class. None uses the model's own `guidance`. A weight of 0 leaves attributes out
+            of the flow.
         size_factors
             Total count of every cell; drawn from the fitted log-normal if None.
         random_state
-            Seed; None uses the model's own `random_state`.
+            Seed; None uses the model's own `random_state`. The same whole number gives the same
+            cells in every call, so pass another one for other cells.
 
         Returns
         -------
@@ -420,9 +440,10 @@ class CFGen:
             largest value.
         """
         self._check_fitted()
+        check_parameters(self.__dict__)
         wanted, n = self._check_wanted(labels, covariates, n_cells)
         codes = self.attributes_.encode(wanted, n)
-        weights = self.attributes_.weights(
+        terms = self.attributes_.terms(
             self.guidance if guidance is None else guidance, wanted.keys()
         )
         if self.dispersion == "gene-label" and LABEL not in wanted:
@@ -437,10 +458,11 @@ class CFGen:
 
         blocks = []
         too_large = 0
-        starts = range(0, n, BLOCK)
+        block_size = block_rows(self.n_features_in_)
+        starts = range(0, n, block_size)
         for start in tqdm(starts, desc="generate", unit="block", disable=not self.verbose):
-            block = slice(start, min(start + BLOCK, n))
-            drawn = self._generate_block(codes[block], weights, totals[block], generator)
+            block = slice(start, min(start + block_size, n))
+            drawn = self._generate_block(codes[block], terms, totals[block], generator)
             if self.likelihood == "gaussian":
                 blocks.append(drawn.astype(np.result_type(self.dtype_, np.float32), copy=False))
                 continue
@@ -466,7 +488,7 @@ class CFGen:
     def _generate_block(
         self,
         codes: NDArray[np.int64],
-        weights: list[float],
+        terms: list[tuple[float, NDArray[np.bool_]]],
         totals: NDArray[np.float64],
         generator: torch.Generator,
     ) -> sparse.csr_matrix | NDArray:
@@ -476,7 +498,7 @@ class CFGen:
         latents = self.network_.latents(
             noise.normal_(generator=generator),
             attributes,
-            weights,
+            terms,
             self._flow_size(totals, device),
             solver=self.solver,
             n_steps=self.n_steps,
@@ -499,12 +521,15 @@ class CFGen:
             if name not in known:
                 raise ValueError(
                     f"covariates: expected names the model was fitted with ({known}); got "
-                    f"{name!r}. Fit with covariates={{{name!r}: ...}}, or leave it out."
+                    f"{name!r}. Leave it out (in AnnData's door, {name}_key or --{name}-key), or "
+                    "train with it."
                 )
             wanted[name] = check_attribute(values, name)
         lengths = {name: len(values) for name, values in wanted.items()}
         if n_cells is not None:
-            lengths["n_cells"] = n_cells
+            if not isinstance(n_cells, Integral) or n_cells < 0:
+                raise ValueError(f"n_cells: expected a whole number from 0; got {n_cells!r}.")
+            lengths["n_cells"] = int(n_cells)
         if not lengths:
             raise ValueError(
                 "generate: expected labels, covariates or n_cells; got none of them. Pass n_cells "
@@ -616,9 +641,7 @@ class CFGen:
         self.dtype_ = np.dtype(fitted["dtype"])
         self.size_factor_ = LogNormalSizeFactor.from_json(fitted["size_factor"])
         self.history_ = {name: History(**entry) for name, entry in fitted["history"].items()}
-        network = self._layout()
-        network.load_state_dict(tensors, strict=True, assign=True)
-        self.network_ = network.eval().requires_grad_(False)
+        self._restore_network(tensors)
 
     def _parameters(self) -> dict[str, Any]:
         """Constructor parameters that a saved model keeps: not the device, not live generators."""
@@ -653,11 +676,24 @@ class CFGen:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle, copy and joblib see the model on the CPU, so it can be read anywhere."""
+        """Weights as NumPy arrays on the CPU: readable anywhere, and equal models hash equal."""
         state = self.__dict__.copy()
         if "network_" in state:
-            state["network_"] = copy.deepcopy(self.network_).cpu()
+            weights = self.network_.state_dict()
+            state["network_"] = {name: t.cpu().numpy() for name, t in weights.items()}
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Rebuild the networks around the weights."""
+        weights = state.pop("network_", None)
+        self.__dict__.update(state)
+        if weights is not None:
+            self._restore_network({n: torch.from_numpy(w.copy()) for n, w in weights.items()})
+
+    def _restore_network(self, weights: dict[str, Tensor]) -> None:
+        network = self._layout()
+        network.load_state_dict(weights, strict=True, assign=True)
+        self.network_ = network.eval().requires_grad_(False)
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "network_"):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor, nn
 
@@ -77,14 +78,14 @@ class Network(nn.Module):
         self,
         noise: Tensor,
         attributes: Tensor,
-        weights: Sequence[float],
+        terms: Sequence[tuple[float, NDArray[np.bool_]]],
         flow_size: Tensor | None,
         *,
         solver: str,
         n_steps: int,
     ) -> Tensor:
         """Carry noise ``(n, n_latent)`` to latents along the guided field."""
-        velocity = guided(self.field, attributes, weights, flow_size)
+        velocity = guided(self.field, attributes, terms, flow_size)
         standardised = integrate(velocity, noise, solver=solver, n_steps=n_steps)
         return self.latent_mean + self.latent_scale * standardised
 

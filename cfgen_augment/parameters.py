@@ -88,7 +88,10 @@ _RULES: dict[str, tuple[Any, str]] = {
     "learning_rate": (_pair_of(_real(_TINY)), "a positive number, or a pair of them"),
     "attribute_dropout": (_real(0.0, 1.0), "a number in [0, 1)"),
     "validation_fraction": (_real(0.0, 1.0), "a number in [0, 1)"),
-    "patience": _COUNT,
+    "patience": (
+        lambda v: (isinstance(v, str) and v == "auto") or _whole(1)(v),
+        "'auto' or a whole number of at least 1",
+    ),
     "solver": (lambda v: v in SOLVERS, f"one of {SOLVERS}"),
     "n_steps": _COUNT,
     "guidance": (

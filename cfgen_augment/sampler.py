@@ -91,8 +91,8 @@ class CFGenSampler(BaseOverSampler):
     n_steps : int or None, default=None
         Steps of the fixed-step solvers; None leaves it to the model.
     guidance : float, dict or None, default=None
-        Guidance weights by attribute (``"label"``, ``"donor"``, ``"batch"``), or one for all;
-        None leaves them to the model.
+        One weight for all attributes together, or weights by attribute (``"label"``, ``"donor"``,
+        ``"batch"``) composed by Eq. 10; None leaves it to the model.
     layer : str or None, default=None
         For AnnData: the layer that holds the raw counts; None uses ``X``.
     device : str, default="auto"
@@ -228,12 +228,19 @@ class CFGenSampler(BaseOverSampler):
         tags.input_tags.positive_only = model.likelihood != "gaussian"
         return tags
 
-    def fit(self, X: Any, y: ArrayLike, **params: Any) -> CFGenSampler:
+    def fit(
+        self,
+        X: Any,
+        y: ArrayLike,
+        *,
+        donor: ArrayLike | None = None,
+        batch: ArrayLike | None = None,
+    ) -> CFGenSampler:
         """Check the input and work out `sampling_strategy_`; `fit_resample` does the work.
 
         Parameters
         ----------
-        X, y, **params
+        X, y, donor, batch
             As in `fit_resample`.
 
         Returns
@@ -243,7 +250,7 @@ class CFGenSampler(BaseOverSampler):
         """
         self._validate_params()
         cells, labels, _ = self._check_X_y(X, y)
-        self._plan(cells, labels)
+        self._plan(cells, labels, donor=donor, batch=batch)
         return self
 
     def fit_resample(
@@ -334,14 +341,7 @@ class CFGenSampler(BaseOverSampler):
     def _synthesise(
         self, cells: CellMatrix, labels: NDArray, **per_cell: ArrayLike | None
     ) -> tuple[CellMatrix, NDArray]:
-        covariates = {
-            name: check_attribute(values, name, len(labels))
-            for name, values in per_cell.items()
-            if values is not None
-        }
-        model, matrix = self._plan(cells, labels)
-        seen = model.attributes_ if _is_fitted(model) else Attributes({LABEL: labels, **covariates})
-        seen.weights(model.guidance, ())  # a wrong name must not wait until after training
+        model, matrix, covariates = self._plan(cells, labels, **per_cell)
         self.random_seed_ = entropy(self.random_state)
         for_draw, for_fit, for_generate = np.random.SeedSequence(self.random_seed_).spawn(3)
         if not _is_fitted(model):
@@ -403,11 +403,18 @@ class CFGenSampler(BaseOverSampler):
             )
         return cells, labels, one_vs_all
 
-    def _plan(self, cells: CellMatrix, labels: NDArray) -> tuple[CFGen, CellMatrix]:
-        """The model to train or to use, and the cells checked for it; sets the strategy.
+    def _plan(
+        self, cells: CellMatrix, labels: NDArray, **per_cell: ArrayLike | None
+    ) -> tuple[CFGen, CellMatrix, dict[str, NDArray]]:
+        """The model to train or to use, cells and covariates checked for it; sets the strategy.
 
         What is wrong with parameters and cells comes out here, before any training.
         """
+        covariates = {
+            name: check_attribute(values, name, len(labels))
+            for name, values in per_cell.items()
+            if values is not None
+        }
         model = self._configured_generator()
         check_parameters(model.__dict__)
         check_solver(model.solver)
@@ -415,19 +422,23 @@ class CFGenSampler(BaseOverSampler):
         if _is_fitted(model):
             self._check_features(model)
             model.dtype_ = matrix.dtype
+        attributes = (
+            model.attributes_ if _is_fitted(model) else Attributes({LABEL: labels, **covariates})
+        )
+        attributes.terms(model.guidance, ())  # a wrong name must not wait until after training
         self.sampling_strategy_ = self._allocation(labels)
-        return model, matrix
+        return model, matrix, covariates
 
     def _check_features(self, model: CFGen) -> None:
         """Check that a fitted model is one of these features."""
+        names = getattr(self, "feature_names_in_", None)
+        if names is not None and model.feature_names_ is not None:
+            check_feature_names(names, model.feature_names_)  # says which, where names are known
         if model.n_features_in_ != self.n_features_in_:
             raise ValueError(
                 f"generator: expected data with its {model.n_features_in_:,} features; got "
-                f"{self.n_features_in_:,}. Subset the data to the features it was fitted on."
+                f"{self.n_features_in_:,}. Pass the features it was fitted on, in their order."
             )
-        names = getattr(self, "feature_names_in_", None)
-        if names is not None and model.feature_names_ is not None:
-            check_feature_names(names, model.feature_names_)
 
     def _allocation(self, labels: NDArray) -> dict[Any, int]:
         """Cells to generate per class; types below `min_cells` are left out with a warning."""

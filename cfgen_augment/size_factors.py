@@ -19,11 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-_CELLS_FOR_A_SHIFT = 50  # fewer cannot tell skewness from chance
+_CELLS_FOR_A_SHIFT = 100  # fewer cannot tell skewness from chance
 
 # Shifts tried, as multiples of the smallest total (below zero) and of the mean (above).
 _SHIFTS_DOWN = (0.9, 0.8, 0.6, 0.4, 0.2)
-_SHIFTS_UP = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+_SHIFTS_UP = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+
+_GAIN = 3.0  # nats; by chance a needless shift gains more in one group of seventy (chi-squared)
 
 # A group's variance and range count as if this many cells from everywhere had been added.
 _PRIOR_CELLS = 5.0
@@ -80,6 +82,8 @@ class LogNormalSizeFactor:
         np.minimum.at(lowest, groups, log_total)
         np.maximum.at(highest, groups, log_total)
         mean = _blend(trust, raw_mean, shared)
+        low = _blend(reach, np.minimum(lowest, log_total.max()), log_total.min())
+        high = _blend(reach, np.maximum(highest, log_total.min()), log_total.max())
         scale = np.sqrt((squares + prior * within) / (size + prior))
         shift = np.zeros(n_groups)
         for group in np.flatnonzero(size >= _CELLS_FOR_A_SHIFT):
@@ -87,12 +91,13 @@ class LogNormalSizeFactor:
             shift[group] = _most_likely_shift(own)
             shifted = np.log(own + shift[group])
             mean[group], scale[group] = shifted.mean(), shifted.std()
+            low[group], high[group] = lowest[group], highest[group]  # total + shift > 0 there
         return cls(
             mean=mean,
             scale=scale,
             shift=shift,
-            lowest=_blend(reach, np.minimum(lowest, log_total.max()), log_total.min()),
-            highest=_blend(reach, np.maximum(highest, log_total.min()), log_total.max()),
+            lowest=low,
+            highest=high,
             share=size / size.sum(),
         )
 
@@ -139,12 +144,8 @@ def _most_likely_shift(totals: NDArray[np.float64]) -> float:
 
     For a shift ``s``, mean and scale have closed forms, and up to a constant the log likelihood
     is ``-n log(sd(log(l + s))) - sum log(l + s)``. The grid ends before ``s = -min(l)``, where it
-    has no bound.
+    has no bound. A shift has to earn its place: zero stays unless another gains `_GAIN` nats.
     """
-    candidates = [
-        *(-totals.min() * np.array(_SHIFTS_DOWN)),
-        *(totals.mean() * np.array(_SHIFTS_UP)),
-    ]
 
     def log_likelihood(shift: float) -> float:
         log_shifted = np.log(totals + shift)
@@ -152,7 +153,12 @@ def _most_likely_shift(totals: NDArray[np.float64]) -> float:
 
     if totals.std() <= 1e-9 * totals.mean():
         return 0.0
-    return float(max(candidates, key=log_likelihood))
+    shifts = [
+        *(-totals.min() * np.array(_SHIFTS_DOWN)),
+        *(totals.mean() * np.array(_SHIFTS_UP)),
+    ]
+    best = max(shifts, key=log_likelihood)
+    return float(best) if log_likelihood(best) > log_likelihood(0.0) + _GAIN else 0.0
 
 
 def _blend(

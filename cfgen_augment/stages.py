@@ -13,12 +13,18 @@ from torch import Tensor
 from cfgen_augment.autoencoder import Autoencoder
 from cfgen_augment.counts import CellMatrix, dense_rows, feature_moments
 from cfgen_augment.flow import VelocityField, drop_attributes, flow_matching_loss
+from cfgen_augment.likelihoods import NegativeBinomial
 from cfgen_augment.training import History, Schedule, initialise, minibatches, seeded, train
 
-BLOCK = 1024  # cells that go through a network at a time outside of training
+_BLOCK_VALUES = 1 << 22  # dense entries that exist at a time outside of training
 
 _DISPERSION_SPEED = 50.0  # learning rate of the noise model's own parameters, relative
 _VALIDATION_DRAWS = 4096  # noise and times on which the flow's held-out loss is measured
+
+
+def block_rows(n_features: int) -> int:
+    """Cells that go through a network at a time outside of training, fewer if they are wide."""
+    return min(max(_BLOCK_VALUES // n_features, 32), 1024)
 
 
 def train_autoencoder(
@@ -68,7 +74,7 @@ def train_autoencoder(
         )
 
     def validate() -> float:
-        parts = list(minibatches(held_out, BLOCK))
+        parts = list(minibatches(held_out, block_rows(X.shape[1])))
         return sum(loss(part).item() * len(part) for part in parts) / len(held_out)
 
     network = [*model.encoder.parameters(), *model.decoder.parameters()]
@@ -101,11 +107,14 @@ def match_dispersion(
 ) -> None:
     """Set the noise model's dispersion by the second moments of cells within labels.
 
-    See `NegativeBinomial.match_variance`; accumulates block by block.
+    See `NegativeBinomial.match_variance`; accumulates block by block. Other noise models have no
+    dispersion to set.
     """
+    if not isinstance(model.likelihood, NegativeBinomial):
+        return
     n_labels = int(labels.max()) + 1
     sums = np.zeros((4, n_labels, X.shape[1]))  # of x, x^2, mu, mu^2
-    for rows in minibatches(np.arange(X.shape[0]), BLOCK):
+    for rows in minibatches(np.arange(X.shape[0]), block_rows(X.shape[1])):
         x = dense_rows(X, rows)
         log_size = torch.as_tensor(np.log(totals[rows]), dtype=torch.float32, device=device)
         latents = model.encode(torch.from_numpy(x).to(device))
@@ -126,7 +135,7 @@ def match_dispersion(
 @torch.inference_mode()
 def encode_cells(model: Autoencoder, X: CellMatrix, device: torch.device) -> Tensor:
     """Latents of all cells, ``(n_cells, n_latent)``, block by block."""
-    blocks = minibatches(np.arange(X.shape[0]), BLOCK)
+    blocks = minibatches(np.arange(X.shape[0]), block_rows(X.shape[1]))
     return torch.cat(
         [model.encode(torch.from_numpy(dense_rows(X, rows)).to(device)) for rows in blocks]
     )

@@ -113,16 +113,34 @@ def test_unseen_values_name_what_is_known(attributes):
 @pytest.mark.parametrize(
     ("guidance", "given", "expected"),
     [
-        pytest.param(1.0, {"label"}, [1.0, 0.0, 0.0], id="one-given"),
-        pytest.param(2, {"label", "donor"}, [2.0, 2.0, 0.0], id="one-number-for-all-given"),
-        pytest.param({"label": 3.0}, {"label", "donor"}, [3.0, 1.0, 0.0], id="by-name-else-one"),
-        pytest.param({"donor": 3.0}, {"label"}, [1.0, 0.0, 0.0], id="not-given-is-left-out"),
-        pytest.param({"label": 0.0}, {"label"}, [0.0, 0.0, 0.0], id="switched-off"),
-        pytest.param(-0.5, set(), [0.0, 0.0, 0.0], id="nothing-given"),
+        pytest.param(1.0, {"label"}, {"label": 1.0}, id="one-given"),
+        pytest.param(1.0, {"label", "donor"}, {"label+donor": 1.0}, id="unit-weight-is-one-call"),
+        pytest.param(2, {"label", "donor"}, {"": -1.0, "label+donor": 2.0}, id="one-number"),
+        pytest.param(0.0, {"label"}, {"": 1.0}, id="switched-off"),
+        pytest.param(-0.5, set(), {"": 1.0}, id="nothing-given"),
+        pytest.param({"label": 1.0}, {"label"}, {"label": 1.0}, id="by-name"),
+        pytest.param(
+            {"label": 3.0},
+            {"label", "donor"},
+            {"": -3.0, "label": 3.0, "donor": 1.0},
+            id="by-name-else-one",
+        ),
+        pytest.param(
+            {"label": 0.3, "donor": 0.7},
+            {"label", "donor"},
+            {"label": 0.3, "donor": 0.7},
+            id="adding-up-to-one",
+        ),
+        pytest.param({"donor": 3.0}, {"label"}, {"label": 1.0}, id="not-given-is-left-out"),
+        pytest.param({"label": 0.0}, {"label"}, {"": 1.0}, id="by-name-switched-off"),
     ],
 )
-def test_guidance_weights(attributes, guidance, given, expected):
-    assert attributes.weights(guidance, given) == expected
+def test_guidance_terms(attributes, guidance, given, expected):
+    terms = attributes.terms(guidance, given)
+    names = np.array(attributes.names)
+    assert {"+".join(names[mask]): weight for weight, mask in terms} == pytest.approx(expected)
+    assert len(terms) == len(expected)
+    assert sum(weight for weight, _ in terms) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +155,7 @@ def test_guidance_weights(attributes, guidance, given, expected):
 )
 def test_bad_guidance(attributes, guidance, match):
     with pytest.raises(ValueError, match=match):
-        attributes.weights(guidance, {"label"})
+        attributes.terms(guidance, {"label"})
 
 
 @pytest.mark.parametrize(

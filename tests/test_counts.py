@@ -208,7 +208,7 @@ def test_feature_moments_agree_with_numpy(container, block):
     rng = np.random.default_rng(0)
     X = rng.poisson(rng.gamma(1.0, 5.0, size=6), size=(64, 6)).astype(float)
     X[:, 0] = 3.0
-    mean, variance = feature_moments(container(X), block=block)
+    mean, variance = feature_moments(container(X))
     np.testing.assert_allclose(mean, X.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(variance, X.var(axis=0), rtol=1e-10, atol=1e-12)
     assert variance[0] == 0.0
@@ -217,7 +217,7 @@ def test_feature_moments_agree_with_numpy(container, block):
 def test_feature_moments_survive_an_offset_far_larger_than_the_spread():
     # float32 holds these values exactly; E[x^2] - E[x]^2 in float64 would lose the digits.
     X = 2.0**23 + np.tile([[0.0], [1.0]], (50, 1))
-    mean, variance = feature_moments(X, block=10)
+    mean, variance = feature_moments(X)
     assert mean[0] == 2.0**23 + 0.5
     assert variance[0] == 0.25
 

@@ -101,18 +101,20 @@ def test_times_are_antithetic_and_inputs_reach_the_field(n):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2, 0.9])
 @pytest.mark.parametrize("n_attributes", [1, 3])
-def test_each_cell_keeps_at_most_one_attribute(dropout, n_attributes):
+def test_every_subset_is_seen_at_its_rate(dropout, n_attributes):
     n = 20_000
     codes = torch.randint(1, 5, (n, n_attributes), generator=seeded())
     kept = drop_attributes(codes, dropout, seeded(1))
     given = kept != NULL
-    assert (given.sum(dim=1) <= 1).all()
     assert (kept == torch.where(given, codes, NULL)).all()
-    # Standard error below 0.0036: five of them.
-    rates = given.double().mean(dim=0)
-    np.testing.assert_allclose(rates, (1.0 - dropout) / n_attributes, atol=0.018)
-    if dropout == 0.0:
-        assert (given.sum(dim=1) == 1).all()
+    # One attribute is chosen, each of the others joins by the toss of a coin: a subset of k out
+    # of m is reached from each of its k members.
+    subset = (given.long() * 2 ** torch.arange(n_attributes)).sum(dim=1)
+    seen = torch.bincount(subset, minlength=2**n_attributes) / n
+    for mask in range(2**n_attributes):
+        k = mask.bit_count()
+        rate = (1 - dropout) * k / n_attributes * 0.5 ** (n_attributes - 1) if k else dropout
+        assert seen[mask] == pytest.approx(rate, abs=0.018)  # five standard errors at most
 
 
 def test_dropout_is_drawn_for_every_cell_and_follows_the_generator():
@@ -121,7 +123,7 @@ def test_dropout_is_drawn_for_every_cell_and_follows_the_generator():
     first, again, other = (drop_attributes(codes, 0.2, seeded(s)) for s in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    assert {tuple(row) for row in first.tolist()} == {(0, 0), (1, 0), (0, 1)}
+    assert {tuple(row) for row in first.tolist()} == {(0, 0), (1, 0), (0, 1), (1, 1)}
     assert (codes == 1).all()
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -177,36 +179,32 @@ class Counted(nn.Module):
         return self.field(*inputs)
 
 
+NONE, FIRST, SECOND, BOTH = (np.array(m, dtype=bool) for m in ((0, 0), (1, 0), (0, 1), (1, 1)))
+
+
 @pytest.mark.parametrize(
-    ("weights", "calls"),
+    "terms",
     [
-        pytest.param([0.0, 0.0], 1, id="unconditional"),
-        pytest.param([1.0, 0.0], 1, id="one-attribute"),
-        pytest.param([0.0, 1.0], 1, id="the-other-attribute"),
-        pytest.param([1.0, 1.0], 3, id="both"),
-        pytest.param([0.5, 0.5], 2, id="halves"),
-        pytest.param([0.3, 0.7], 2, id="sum-to-one-in-floats"),
-        pytest.param([2.5, 0.0], 2, id="strong"),
-        pytest.param([2.0, 0.5], 3, id="strong-and-weak"),
-        pytest.param([-1.0, 0.0], 2, id="away-from"),
+        pytest.param([(1.0, NONE)], id="unconditional"),
+        pytest.param([(1.0, FIRST)], id="one-attribute"),
+        pytest.param([(1.0, BOTH)], id="both-together"),
+        pytest.param([(-1.0, NONE), (2.0, BOTH)], id="stronger"),
+        pytest.param([(-1.0, NONE), (1.0, FIRST), (1.0, SECOND)], id="equation-ten"),
     ],
 )
 @torch.no_grad()
-def test_guidance_is_equation_ten_at_the_least_cost(weights, calls):
+def test_guided_field_is_the_weighted_sum_of_its_terms(terms):
     field = make_field(size_factor=True)
     codes = torch.tensor([[1, 2], [3, 1], [2, 2]])
     size = torch.tensor([[0.1], [0.5], [0.9]])
     z, t = torch.randn((3, 2), generator=seeded()), torch.full((3, 1), 0.35)
-    unconditional = field(z, t, torch.zeros_like(codes), size)
-    expected = unconditional.clone()
-    for i, weight in enumerate(weights):
-        alone = torch.zeros_like(codes)
-        alone[:, i] = codes[:, i]
-        expected += weight * (field(z, t, alone, size) - unconditional)
+    expected = sum(
+        weight * field(z, t, codes * torch.as_tensor(mask), size) for weight, mask in terms
+    )
     counted = Counted(field)
-    velocity = guided(counted, codes, weights, size)
+    velocity = guided(counted, codes, terms, size)
     torch.testing.assert_close(velocity(0.35, z), expected, rtol=1e-5, atol=1e-6)
-    assert counted.calls == calls
+    assert counted.calls == len(terms)
     assert codes.tolist() == [[1, 2], [3, 1], [2, 2]]
 
 
@@ -241,7 +239,9 @@ def test_flow_recovers_a_gaussian_per_category(gaussian_flow, category):
     field, mean, covariance = gaussian_flow
     z_0 = torch.randn((4000, 2), generator=seeded(9))
     codes = torch.full((4000, 1), category + 1)
-    z_1 = integrate(guided(field, codes, [1.0], None), z_0, solver="midpoint", n_steps=20)
+    z_1 = integrate(
+        guided(field, codes, [(1.0, np.array([True]))], None), z_0, solver="midpoint", n_steps=20
+    )
     torch.testing.assert_close(z_1.mean(dim=0), mean[category], atol=0.08, rtol=0)
     torch.testing.assert_close(torch.cov(z_1.T), covariance[category], atol=0.08, rtol=0)
 
@@ -249,8 +249,10 @@ def test_flow_recovers_a_gaussian_per_category(gaussian_flow, category):
 def test_the_unconditional_field_is_the_mixture(gaussian_flow):
     field, mean, covariance = gaussian_flow
     z_0 = torch.randn((4000, 2), generator=seeded(9))
-    codes = torch.full((4000, 1), 1)  # given, but weighed by zero
-    z_1 = integrate(guided(field, codes, [0.0], None), z_0, solver="midpoint", n_steps=20)
+    codes = torch.full((4000, 1), 1)  # given, but not seen
+    z_1 = integrate(
+        guided(field, codes, [(1.0, np.array([False]))], None), z_0, solver="midpoint", n_steps=20
+    )
     whole = covariance.mean(dim=0) + torch.cov(mean.T, correction=0)
     torch.testing.assert_close(z_1.mean(dim=0), mean.mean(dim=0), atol=0.1, rtol=0)
     torch.testing.assert_close(torch.cov(z_1.T), whole, atol=0.15, rtol=0)
