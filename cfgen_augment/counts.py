@@ -125,7 +125,7 @@ def _check_values(values: NDArray, kind: ValueKind, name: str) -> None:
                 f"{name}: expected {_EXPECTED[kind]}; got the negative value {block.min():g}. "
                 f"Negative values in data: this looks scaled or centred; {_REMEDY}"
             )
-        if kind == "count" and block.max() > _LARGEST_COUNT:
+        if kind == "count" and float(block.max()) > _LARGEST_COUNT:
             raise ValueError(
                 f"{name}: expected counts up to {_LARGEST_COUNT:,}; got {block.max():g}. No cell "
                 "has that many molecules of a gene: check what the matrix holds."

@@ -228,20 +228,16 @@ class CFGenSampler(BaseOverSampler):
         tags.input_tags.positive_only = model.likelihood != "gaussian"
         return tags
 
-    def fit(
-        self,
-        X: Any,
-        y: ArrayLike,
-        *,
-        donor: ArrayLike | None = None,
-        batch: ArrayLike | None = None,
-    ) -> CFGenSampler:
+    def fit(self, X: Any, y: ArrayLike, **params: Any) -> CFGenSampler:
         """Check the input and work out `sampling_strategy_`; `fit_resample` does the work.
 
         Parameters
         ----------
-        X, y, donor, batch
+        X, y
             As in `fit_resample`.
+        **params
+            `donor` and `batch`, as in `fit_resample`. Not in the signature, where a pipeline
+            would want them routed to a method that it never calls.
 
         Returns
         -------
@@ -249,8 +245,10 @@ class CFGenSampler(BaseOverSampler):
             Itself.
         """
         self._validate_params()
+        if unknown := params.keys() - {"donor", "batch"}:
+            raise TypeError(f"fit: expected donor and batch; got {sorted(unknown)}.")
         cells, labels, _ = self._check_X_y(X, y)
-        self._plan(cells, labels, donor=donor, batch=batch)
+        self._plan(cells, labels, **params)
         return self
 
     def fit_resample(

@@ -16,7 +16,7 @@ from cfgen_augment.flow import VelocityField, drop_attributes, flow_matching_los
 from cfgen_augment.likelihoods import NegativeBinomial
 from cfgen_augment.training import History, Schedule, initialise, minibatches, seeded, train
 
-_BLOCK_VALUES = 1 << 22  # dense entries that exist at a time outside of training
+_BLOCK_VALUES = 1 << 20  # dense entries that exist at a time outside of training
 
 _DISPERSION_SPEED = 50.0  # learning rate of the noise model's own parameters, relative
 _VALIDATION_DRAWS = 4096  # noise and times on which the flow's held-out loss is measured

@@ -120,3 +120,8 @@ def test_target_size_is_a_total_or_a_multiple(target_size, expected):
 def test_bad_target_size(target_size, match):
     with pytest.raises(ValueError, match=match):
         total_after(100, target_size)
+
+
+@pytest.mark.parametrize(("exponent", "expected"), [(200.0, [5, 0]), (-200.0, [0, 5])])
+def test_steep_exponents_do_not_overflow(exponent, expected):
+    assert allocate([10, 1000], 5, exponent=exponent).tolist() == expected

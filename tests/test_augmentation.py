@@ -238,7 +238,6 @@ def test_drops_what_does_not_hold_and_names_all_of_it(adata, model):
         result = augment(adata, "cell_type", generator=model)
     message = str(caught[0].message)
     for dropped in (
-        "layers['counts']",
         "layers['scaled']",
         "obsm['X_pca']",
         "obsp['connectivities']",
@@ -247,7 +246,8 @@ def test_drops_what_does_not_hold_and_names_all_of_it(adata, model):
     ):
         assert dropped in message
     assert caught[0].filename == __file__
-    assert not result.layers
+    assert list(result.layers) == ["counts"]  # equal to X, and so known for generated cells
+    assert abs(result.layers["counts"] - result.X).sum() == 0
     assert not result.obsm
     assert not result.obsp
     assert result.raw is None
@@ -501,7 +501,12 @@ BAD = [
     (_nothing, {"device": "tpu"}, ValueError, r"device: expected 'auto', 'cpu'"),
     (_nothing, {"random_state": -1}, ValueError, r"random_state"),
     (_nothing, {"layer": "scaled"}, ValueError, r"got the fraction .*log-normalised"),
-    (_normalise, {}, ValueError, r"log-normalised; pass the raw counts \(layer='counts'"),
+    (
+        _normalise,
+        {},
+        ValueError,
+        r"log-normalised; pass the raw counts \(for AnnData layer='counts'",
+    ),
     (_without_x, {}, ValueError, r"no X at all\. Pass layer=, one of: counts, scaled"),
     (_duplicate_names, {}, ValueError, r"obs_names_make_unique"),
     (_set("is_synthetic", True), {}, ValueError, r"no column 'is_synthetic'.*key_added="),
@@ -543,3 +548,18 @@ def test_genes_in_another_order_are_refused(adata, tmp_path):
 def test_unknown_path_of_a_model_is_refused(plain, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json is not there"):
         augment(plain, "cell_type", generator=tmp_path / "absent")
+
+
+def test_augmented_data_are_not_learned_from_as_if_real(adata, model):
+    with pytest.warns(UserWarning, match="Dropped"):
+        augmented = augment(adata, "cell_type", generator=model)
+    with pytest.raises(ValueError, match="not augmented before"):
+        augment(augmented, "cell_type", generator=model, key_added="again")
+
+
+def test_stale_note_of_a_transformation_goes_with_it(adata, model):
+    adata = adata.copy()
+    adata.uns["log1p"] = {"base": 2.0}
+    with pytest.warns(UserWarning, match=r"uns\['log1p'\]"):
+        result = augment(adata, "cell_type", generator=model, layer="counts")
+    assert "log1p" not in result.uns

@@ -294,7 +294,7 @@ def test_file_is_not_overwritten(model, tmp_path):
 def test_saved_model_is_overwritten_only_when_asked(cells, saved):
     before = files(saved)
     other = fit(cells, random_state=1)
-    with pytest.raises(FileExistsError, match="pass overwrite=True"):
+    with pytest.raises(FileExistsError, match="overwrite=True"):
         other.save(saved)
     assert files(saved) == before
     other.save(saved, overwrite=True)

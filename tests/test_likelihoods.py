@@ -347,7 +347,6 @@ def test_match_variance_recovers_the_dispersion_and_pools_small_labels():
     np.testing.assert_allclose(fitted[:2], inverse, rtol=0.1)
     np.testing.assert_allclose(pooled[0], inverse.mean(axis=0), rtol=0.1)
     np.testing.assert_allclose(fitted[2], pooled[0], rtol=0.3)
-    Poisson().match_variance(cells, excess, square)  # has no dispersion: nothing to do
 
 
 def test_match_variance_of_underdispersed_and_absent_genes_ends_at_poisson():

@@ -7,6 +7,7 @@ import pickle
 import tracemalloc
 import warnings
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_generated_types_resemble_their_own_type_most(cells, trained):
             for other in trained.classes_
         }
         assert max(correlation, key=correlation.get) == name
-        assert correlation[name] > 0.95
+        assert correlation[name] > 0.9
 
 
 def test_counts_are_csr_whole_and_in_the_training_dtype(cells, trained):
@@ -274,17 +275,39 @@ def test_never_dense_as_a_whole(cells, monkeypatch):
     assert 0 < max(rows) <= 32
 
 
+def test_equal_models_hash_equal_so_that_a_pipeline_can_cache_them(trained):
+    assert joblib.hash(trained) == joblib.hash(copy.deepcopy(trained))
+
+
+@pytest.mark.parametrize(
+    ("patience", "epochs", "expected"),
+    [("auto", (28, 90), (5, 18)), ("auto", 7, (5, 5)), (3, (28, 90), (3, 3))],
+)
+def test_patience_leaves_room_to_stop_early(patience, epochs, expected):
+    schedules = small(patience=patience, max_epochs=epochs)._schedules(n_rows=1_000)
+    assert tuple(schedule.patience for schedule in schedules) == expected
+
+
+def test_features_with_a_large_offset_keep_their_spread():
+    rng = np.random.default_rng(0)
+    X = np.column_stack([rng.normal(1e4, 0.5, 300), rng.normal(0.0, 1.0, 300)])
+    model = small(likelihood="gaussian", max_epochs=(60, 60)).fit(X, np.repeat(["a", "b"], 150))
+    new = model.generate(np.repeat(["a", "b"], 150))
+    assert new[:, 0].mean() == pytest.approx(1e4, abs=0.3)
+    assert new[:, 0].std() == pytest.approx(0.5, rel=0.4)
+
+
 def test_wide_sparse_data_never_take_the_memory_of_dense_ones():
     rng = np.random.default_rng(0)
-    X = sparse.random(600, 20_000, density=0.01, format="csr", random_state=0)
+    X = sparse.random(1_500, 20_000, density=0.01, format="csr", random_state=0)
     X.data = rng.poisson(1.0, X.nnz) + 1.0
-    model = small(hidden=(4,), max_epochs=1, batch_size=16)
+    model = small(hidden=(4,), max_epochs=1, batch_size=64)
     tracemalloc.start()
-    model.fit(X, np.repeat(["a", "b"], 300))
+    model.fit(X, np.repeat(["a", "b"], 750))
     model.generate(["a"] * 300)
     _, peak = tracemalloc.get_traced_memory()  # what NumPy and SciPy hold, not torch
     tracemalloc.stop()
-    assert peak < 0.5 * 600 * 20_000 * 4
+    assert peak < 0.5 * 1_500 * 20_000 * 4
 
 
 def test_rare_combinations_of_correlated_attributes_are_generated():
@@ -319,6 +342,7 @@ BAD_FITS = [
     pytest.param({"X": np.full((6, 3), np.nan)}, "Input contains NaN", id="nan"),
     pytest.param({"X": np.full((6, 3), np.inf)}, "Input contains infinity", id="inf"),
     pytest.param({"X": np.full((6, 3), -1.0)}, r"negative value -1", id="negative"),
+    pytest.param({"X": np.full((6, 3), 1e10)}, "counts up to 2,147,483,647", id="huge"),
     pytest.param({"X": np.full((6, 3), 0.5)}, "looks log-normalised", id="fractions"),
     pytest.param({"X": np.zeros((0, 3))}, "at least 2 cell", id="no cells"),
     pytest.param({"X": np.zeros((6, 0))}, "at least one feature", id="no features"),
