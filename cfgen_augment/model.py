@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from numbers import Integral
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +14,12 @@ from scipy import sparse
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cfgen_augment import checkpoint
 from cfgen_augment.attributes import Attributes, check_attribute, check_feature_names
 from cfgen_augment.counts import CellMatrix, as_dtype, check_cells, total_counts
 from cfgen_augment.likelihoods import value_kind
 from cfgen_augment.network import Network
 from cfgen_augment.parameters import RandomState, check_parameters, entropy, pair
+from cfgen_augment.saved import SavedModel
 from cfgen_augment.size_factors import LogNormalSizeFactor
 from cfgen_augment.solver import check_solver
 from cfgen_augment.stages import (
@@ -34,7 +29,7 @@ from cfgen_augment.stages import (
     train_autoencoder,
     train_flow,
 )
-from cfgen_augment.training import History, Schedule, hold_out, resolve_device, seeded
+from cfgen_augment.training import Schedule, hold_out, resolve_device, seeded
 
 LABEL = "label"  # name of the attribute that holds the cells' labels
 
@@ -42,7 +37,7 @@ LABEL = "label"  # name of the attribute that holds the cells' labels
 _AUTO_EPOCHS = ((1_200, 20, 300), (4_000, 40, 1_000))
 
 
-class CFGen:
+class CFGen(SavedModel):
     r"""Generative model of counts: a count autoencoder and a conditional flow on its latents.
 
     The autoencoder is trained by maximum likelihood and frozen; the flow is trained by Flow
@@ -199,18 +194,6 @@ class CFGen:
         self.random_state = random_state
         self.verbose = verbose
 
-    def __repr__(self) -> str:
-        """Parameters that differ from their defaults, as scikit-learn shows estimators."""
-        defaults = inspect.signature(type(self).__init__).parameters
-        changed = {
-            name: value
-            for name, value in vars(self).items()
-            if name in defaults
-            and value is not defaults[name].default
-            and value != defaults[name].default
-        }
-        return f"CFGen({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
-
     # ------------------------------------------------------------------ fit
 
     def fit(
@@ -333,11 +316,6 @@ class CFGen:
                 "fit_resample, --donor-key or --batch-key), or choose another."
             )
         return attributes
-
-    @property
-    def device_(self) -> torch.device:
-        """Where the fitted model is."""
-        return self.network_.device
 
     def _layout(self) -> Network:
         """The networks without memory or weights; training or loading fills them."""
@@ -558,145 +536,3 @@ class CFGen:
             return np.ones(n)
         groups, _ = self._size_factor_groups(codes)
         return self.size_factor_.sample(groups, random)
-
-    # --------------------------------------------------------- save and load
-
-    def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write the fitted model to a directory: safetensors weights and a JSON configuration.
-
-        Parameters
-        ----------
-        directory
-            Where to; made if absent.
-        overwrite
-            Replace a saved model that is already there.
-
-        Returns
-        -------
-        Path
-            The directory.
-
-        Raises
-        ------
-        RuntimeError
-            If the model is not fitted.
-        FileExistsError
-            If the directory is not empty and `overwrite` is false, or holds anything but a saved
-            model.
-        """
-        self._check_fitted()
-        fitted = {
-            "attributes": self.attributes_.to_json(),
-            "n_features": self.n_features_in_,
-            "feature_names": None if self.feature_names_ is None else self.feature_names_.tolist(),
-            "dtype": self.dtype_.str,
-            "size_factor": self.size_factor_.to_json(),
-            "history": {name: asdict(history) for name, history in self.history_.items()},
-        }
-        config = {"parameters": self._parameters(), "fitted": fitted}
-        return checkpoint.save(
-            Path(directory), self.network_.state_dict(), config, overwrite=overwrite
-        )
-
-    @classmethod
-    def load(cls, directory: str | os.PathLike[str], *, device: str = "auto") -> CFGen:
-        """Read a model written by `save`; never runs code from the file.
-
-        Parameters
-        ----------
-        directory
-            Where `save` wrote to.
-        device
-            Where to put the model, wherever it was trained.
-
-        Returns
-        -------
-        CFGen
-            The fitted model.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is no saved model in the directory.
-        ValueError
-            If a file is truncated, altered, or of another version, or the device is absent.
-        """
-        resolved = resolve_device(device)
-        tensors, config = checkpoint.load(Path(directory))
-        try:
-            model = cls(**config["parameters"], device=device)
-            model._restore(config["fitted"], tensors)
-        except (KeyError, TypeError, RuntimeError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"{directory}: expected a model saved by this version of cfgen-augment; its "
-                f"configuration and weights do not fit together ({error}). Save the model again."
-            ) from error
-        return model.to(resolved)
-
-    def _restore(self, fitted: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.attributes_ = Attributes.from_json(fitted["attributes"])
-        self.n_features_in_ = int(fitted["n_features"])
-        names = fitted["feature_names"]
-        self.feature_names_ = None if names is None else np.array(names, dtype=str)
-        self.dtype_ = np.dtype(fitted["dtype"])
-        self.size_factor_ = LogNormalSizeFactor.from_json(fitted["size_factor"])
-        self.history_ = {name: History(**entry) for name, entry in fitted["history"].items()}
-        self._restore_network(tensors)
-
-    def _parameters(self) -> dict[str, Any]:
-        """Constructor parameters that a saved model keeps: not the device, not live generators."""
-        names = inspect.signature(type(self).__init__).parameters.keys()
-        kept = names - {"self", "device", "random_state"}
-        parameters = {name: getattr(self, name) for name in sorted(kept)}
-        parameters["random_state"] = (
-            int(self.random_state) if isinstance(self.random_state, Integral) else None
-        )
-        return parameters
-
-    def to(self, device: str | torch.device) -> CFGen:
-        """Move the fitted model to a device, in place.
-
-        Parameters
-        ----------
-        device
-            ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
-
-        Returns
-        -------
-        CFGen
-            Itself.
-
-        Raises
-        ------
-        ValueError
-            If the device is unknown or absent.
-        """
-        self._check_fitted()
-        self.network_.to(resolve_device(str(device)))
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Weights as NumPy arrays on the CPU: readable anywhere, and equal models hash equal."""
-        state = self.__dict__.copy()
-        if "network_" in state:
-            weights = self.network_.state_dict()
-            state["network_"] = {name: t.cpu().numpy() for name, t in weights.items()}
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Rebuild the networks around the weights."""
-        weights = state.pop("network_", None)
-        self.__dict__.update(state)
-        if weights is not None:
-            self._restore_network({n: torch.from_numpy(w.copy()) for n, w in weights.items()})
-
-    def _restore_network(self, weights: dict[str, Tensor]) -> None:
-        network = self._layout()
-        network.load_state_dict(weights, strict=True, assign=True)
-        self.network_ = network.eval().requires_grad_(False)
-
-    def _check_fitted(self) -> None:
-        if not hasattr(self, "network_"):
-            raise RuntimeError(
-                "CFGen: expected a fitted model; got one that is not. Call fit first."
-            )

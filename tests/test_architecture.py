@@ -16,8 +16,18 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 
 # From the foundations up: a room imports from rooms to its left only.
 ORDER = [
-    *("allocation", "counts", "attributes", "size_factors", "likelihoods", "autoencoder"),
-    *("solver", "flow", "training", "stages", "network", "parameters", "checkpoint", "model"),
+    *("allocation", "counts", "attributes", "size_factors", "draws", "likelihoods", "autoencoder"),
+    *(
+        "solver",
+        "flow",
+        "training",
+        "stages",
+        "network",
+        "parameters",
+        "checkpoint",
+        "saved",
+        "model",
+    ),
     *("annotated", "sampler", "augmentation", "cli"),
 ]
 ADAPTERS = {
