@@ -13,13 +13,14 @@ env: $(STAMP)
 
 # torch comes first and by version: left to a resolver it may bring gigabytes for a GPU that is
 # not there. torchdyn's metadata asks for packages that break the environment, so it and torchsde
-# are installed without them; what they really import follows from the dopri5 extra.
+# are installed without them; what they really import follows from the dopri5 extra. scgpt, which
+# only the test of equality reads, cannot even be imported with what its metadata ask for.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cfgen-augment needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip>=25.1"
 	$(PIP) torch==2.13.0
-	$(PIP) --no-deps torchdyn==1.0.6 torchsde==0.2.6
+	$(PIP) --no-deps torchdyn==1.0.6 torchsde==0.2.6 scgpt==0.2.4
 	$(PIP) --editable ".[anndata,dopri5,benchmarks]" --group dev
 	touch $(STAMP)
 

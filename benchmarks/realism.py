@@ -2,17 +2,262 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse, stats
+from scipy.spatial.distance import cdist
+from sklearn.decomposition import PCA
+from sklearn.metrics import f1_score
+from sklearn.utils.sparsefuncs import mean_variance_axis
+
+from benchmarks.cells import log_normalise
+from benchmarks.classify import knn_predict
+
+#: Widths of the Gaussian kernels whose sum is the kernel of `mmd_rbf`.
+SIGMAS = (0.01, 0.1, 1.0, 10.0, 100.0)
+
+_MEASURES = (
+    *("m", "w2", "mmd_rbf", "mmd_linear", "knn_f1", "zeros", "zeros_real", "slope", "slope_real"),
+    *("total", "total_real", "totals_ks", "mean_corr"),
+)
 
 
-def mean_variance_slope(counts: NDArray) -> float:
+def common_sizes(
+    test_labels: NDArray,
+    available_labels: NDArray,
+    wanted: Mapping[str, int] | None = None,
+    *,
+    cap: int = 300,
+    least: int = 10,
+) -> dict[str, int]:
+    """Cells per type on either side of every comparison, the same for all arms of a split.
+
+    W2, MMD, slopes and Kolmogorov-Smirnov distances depend on the number of cells, so arms and
+    the row of real cells are comparable only if they are measured on the same number.
+
+    Parameters
+    ----------
+    test_labels
+        Types of the real test cells.
+    available_labels
+        Types of the real cells of the training donors, that the row of real cells is made of.
+    wanted
+        New cells of every type that each arm makes, if that may be fewer; types left out count
+        as unlimited.
+    cap
+        Most cells of a type.
+    least
+        Types with fewer are left out.
+
+    Returns
+    -------
+    dict
+        Cells by type: the smallest of the above.
+    """
+    sizes = {}
+    for name in map(str, np.unique(test_labels)):
+        both = (int((labels == name).sum()) for labels in (test_labels, available_labels))
+        size = min(*both, cap, (wanted or {}).get(name, cap))
+        if size >= least:
+            sizes[name] = size
+    return sizes
+
+
+def realism(
+    real_test: sparse.csr_matrix,
+    real_labels: NDArray,
+    new_values: sparse.csr_matrix,
+    new_labels: NDArray,
+    *,
+    logged: bool,
+    sample_sizes: Mapping[str, int],
+    seed: int,
+    n_pcs: int = 30,
+    n_neighbours: int = 10,
+) -> pd.DataFrame:
+    r"""Distances between new cells and real cells of held-out donors.
+
+    For a row of real cells to read them beside, call it with real cells of the training donors
+    as new ones. Both sides are log-normalised and projected on the leading principal components
+    of the centred real test cells. These hold some of the test cells' own noise, which widens
+    all distances, but no other cells know of it: rows are fair to each other.
+
+    Parameters
+    ----------
+    real_test
+        Raw counts of real test cells, CSR, ``(n_real, n_genes)``.
+    real_labels
+        Their types.
+    new_values
+        New cells: raw counts, or log-normalised values where `logged`; CSR, ``(n_new, n_genes)``.
+    new_labels
+        Their types.
+    logged
+        Whether `new_values` are log-normalised. What only counts have is then NaN.
+    sample_sizes
+        Cells ``m`` to compare of every type, from `common_sizes`.
+    seed
+        Of the samples of ``m`` cells; real test cells are the same for all calls with it.
+    n_pcs
+        Number of principal components.
+    n_neighbours
+        Neighbours of the classifier.
+
+    Returns
+    -------
+    DataFrame
+        Indexed by ``type``, all types of the test cells.
+
+        - ``m``: cells on either side. A type that is not in `sample_sizes`, or of which there
+          are fewer new cells, has NaN here and in all that is measured on samples.
+        - ``w2``: 2-Wasserstein distance, exact, `wasserstein`.
+        - ``mmd_rbf``, ``mmd_linear``: squared maximum mean discrepancies.
+        - ``knn_f1``: F1 of the sampled new cells when a nearest-neighbour classifier trained on
+          all real test cells predicts their type.
+        - ``slope``, ``slope_real``: `mean_variance_slope` of the sampled cells' counts.
+        - ``totals_ks``: Kolmogorov-Smirnov distance of the sampled cells' total counts.
+        - ``mean_corr``: Pearson correlation, over genes, of sampled cells' mean log values.
+        - ``zeros``, ``zeros_real``: fraction of zeros among all cells of the type.
+        - ``total``, ``total_real``: mean total count of all cells of the type.
+    """
+    real_logs = log_normalise(real_test)
+    new_logs = new_values if logged else log_normalise(new_values)
+    names = [str(name) for name in np.unique(real_labels)]
+    real_all = {name: np.flatnonzero(real_labels == name) for name in names}
+    new_all = {name: np.flatnonzero(new_labels == name) for name in names}
+    chosen = {}
+    for i, name in enumerate(names):
+        m = sample_sizes.get(name)
+        if m is not None and min(len(real_all[name]), len(new_all[name])) >= m:
+            chosen[name] = tuple(
+                np.random.default_rng([seed, side, i]).choice(cells[name], m, replace=False)
+                for side, cells in enumerate((real_all, new_all))
+            )
+    rows = {
+        name: _of_all_cells(real_test[real_all[name]], new_values[new_all[name]], logged)
+        for name in names
+    }
+    if chosen:
+        width = min(n_pcs, *(size - 1 for size in real_logs.shape))
+        space = PCA(width, svd_solver="arpack", random_state=seed).fit(real_logs)
+        real_places = space.transform(real_logs).astype(np.float64)
+        new_places = {
+            name: space.transform(new_logs[new]).astype(np.float64)
+            for name, (_, new) in chosen.items()
+        }
+        f1 = _knn_f1(real_places, real_labels, new_places, n_neighbours)
+    for name, (real, new) in chosen.items():
+        rows[name] |= _of_places(real_places[real], new_places[name])
+        rows[name] |= {"m": len(real), "knn_f1": f1[name]}
+        rows[name]["mean_corr"] = _correlation(real_logs[real], new_logs[new])
+        rows[name]["slope_real"] = mean_variance_slope(real_test[real])
+        if not logged:
+            rows[name]["slope"] = mean_variance_slope(new_values[new])
+            rows[name]["totals_ks"] = stats.ks_2samp(
+                _totals(real_test[real]), _totals(new_values[new])
+            ).statistic
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=_MEASURES, dtype=np.float64)
+    return table.rename_axis(index="type")
+
+
+def wasserstein(a: NDArray, b: NDArray) -> float:
+    """2-Wasserstein distance of two samples, ``(m, width)`` each.
+
+    ``W2^2 = min_P sum_ij P_ij ||a_i - b_j||^2`` over couplings of uniform weights, exactly.
+    """
+    import ot
+
+    cost = cdist(a, b, "sqeuclidean")
+    uniform = (np.full(len(cells), 1 / len(cells)) for cells in (a, b))
+    return float(np.sqrt(max(ot.emd2(*uniform, cost, numItermax=10**6), 0.0)))
+
+
+def mmd_rbf(a: NDArray, b: NDArray, sigmas: Sequence[float] = SIGMAS) -> float:
+    r"""Squared maximum mean discrepancy of a sum of Gaussian kernels, unbiased.
+
+    With ``k(x, y) = sum_sigma exp(-||x - y||^2 / (2 sigma^2))``: the mean of ``k`` over pairs of
+    different cells of `a`, plus that of `b`, minus twice the mean over pairs across (Gretton et
+    al., JMLR 13, 723 (2012), eq. 3). It is zero on average for samples of one distribution,
+    whatever their size, hence also below zero.
+    """
+
+    def mean(x: NDArray, y: NDArray, same: bool) -> float:
+        squares = cdist(x, y, "sqeuclidean")
+        kernel = sum(np.exp(-squares / (2 * sigma**2)) for sigma in sigmas)
+        if not same:
+            return float(np.mean(kernel))
+        return float((np.sum(kernel) - np.trace(kernel)) / (len(x) * (len(x) - 1)))
+
+    return mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False)
+
+
+def mmd_linear(a: NDArray, b: NDArray) -> float:
+    """Squared maximum mean discrepancy of the kernel ``x . y``: ``||mean(a) - mean(b)||^2``.
+
+    Biased upwards by ``(tr cov(a) + tr cov(b)) / m``, alike in all arms of one sample size.
+    """
+    return float(np.sum((a.mean(axis=0) - b.mean(axis=0)) ** 2))
+
+
+def mean_variance_slope(counts: NDArray | sparse.csr_matrix) -> float:
     """Slope of log variance on log mean over genes seen; `counts` is ``(n_cells, n_genes)``."""
-    mean, variance = counts.mean(axis=0), counts.var(axis=0)
+    if sparse.issparse(counts):
+        mean, variance = mean_variance_axis(counts.astype(np.float64), axis=0)
+    else:
+        mean, variance = counts.mean(axis=0), counts.var(axis=0)
     seen = (mean > 0) & (variance > 0)
+    if len(np.unique(mean[seen])) < 2:
+        return float("nan")
     return float(stats.linregress(np.log(mean[seen]), np.log(variance[seen])).slope)
+
+
+def _of_all_cells(
+    real: sparse.csr_matrix, new: sparse.csr_matrix, logged: bool
+) -> dict[str, float]:
+    """What does not depend on the number of cells."""
+    found = {"zeros_real": _zeros(real), "total_real": float(_totals(real).mean())}
+    if new.shape[0]:
+        found["zeros"] = _zeros(new)
+        if not logged:
+            found["total"] = float(_totals(new).mean())
+    return found
+
+
+def _of_places(real: NDArray, new: NDArray) -> dict[str, float]:
+    return {
+        "w2": wasserstein(real, new),
+        "mmd_rbf": mmd_rbf(real, new),
+        "mmd_linear": mmd_linear(real, new),
+    }
+
+
+def _knn_f1(
+    real: NDArray, real_labels: NDArray, new: Mapping[str, NDArray], k: int
+) -> dict[str, float]:
+    """F1 of every type of `new`, whose numbers of cells are the same for all arms."""
+    names = list(new)
+    true = np.repeat(names, [len(new[name]) for name in names])
+    predicted = knn_predict(real, real_labels, None, np.concatenate(list(new.values())), ks=(k,))[k]
+    found = f1_score(true, predicted, labels=names, average=None, zero_division=0.0)
+    return dict(zip(names, map(float, found), strict=True))
+
+
+def _correlation(a: sparse.csr_matrix, b: sparse.csr_matrix) -> float:
+    means = [np.asarray(side.mean(axis=0), dtype=np.float64).ravel() for side in (a, b)]
+    if any(np.ptp(mean) == 0 for mean in means):
+        return float("nan")
+    return float(np.corrcoef(means[0], means[1])[0, 1])
+
+
+def _zeros(values: sparse.csr_matrix) -> float:
+    return 1.0 - values.count_nonzero() / (values.shape[0] * values.shape[1])
+
+
+def _totals(counts: sparse.csr_matrix) -> NDArray[np.float64]:
+    return np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
 
 
 def compare(

@@ -376,6 +376,7 @@ class CFGen(SavedModel):
         covariates: Mapping[str, ArrayLike] | None = None,
         guidance: float | Mapping[str, float] | None = None,
         size_factors: ArrayLike | None = None,
+        latents: ArrayLike | None = None,
         random_state: RandomState = None,
     ) -> sparse.csr_matrix | NDArray:
         """Generate one cell for every label, or for every row of the covariates.
@@ -395,6 +396,9 @@ class CFGen(SavedModel):
             of the flow.
         size_factors
             Total count of every cell; drawn from the fitted log-normal if None.
+        latents
+            Latents to decode instead of the flow's, ``(n_cells, n_latent)``, for example from
+            `encode`. Guidance then does nothing; all else is drawn as it would have been.
         random_state
             Seed; None uses the model's own `random_state`. The same whole number gives the same
             cells in every call, so pass another one for other cells.
@@ -409,7 +413,7 @@ class CFGen(SavedModel):
         RuntimeError
             If the model is not fitted.
         ValueError
-            If a label, covariate or weight is unknown, or lengths disagree.
+            If a label, covariate or weight is unknown, or lengths or shapes disagree.
 
         Warns
         -----
@@ -424,6 +428,13 @@ class CFGen(SavedModel):
         terms = self.attributes_.terms(
             self.guidance if guidance is None else guidance, wanted.keys()
         )
+        if latents is not None:
+            latents = np.asarray(latents, dtype=np.float32)
+            if latents.shape != (n, self.n_latent):
+                raise ValueError(
+                    f"latents: expected shape {(n, self.n_latent)}; got {latents.shape}. Pass one "
+                    "row per cell to generate, as encode returns them."
+                )
         if self.dispersion == "gene-label" and LABEL not in wanted:
             raise ValueError(
                 "dispersion='gene-label': expected labels for the cells to generate; got none. "
@@ -440,7 +451,8 @@ class CFGen(SavedModel):
         starts = range(0, n, block_size)
         for start in tqdm(starts, desc="generate", unit="block", disable=not self.verbose):
             block = slice(start, min(start + block_size, n))
-            drawn = self._generate_block(codes[block], terms, totals[block], generator)
+            given = None if latents is None else latents[block]
+            drawn = self._generate_block(codes[block], terms, totals[block], given, generator)
             if self.likelihood == "gaussian":
                 blocks.append(drawn.astype(np.result_type(self.dtype_, np.float32), copy=False))
                 continue
@@ -462,25 +474,56 @@ class CFGen(SavedModel):
             return as_dtype(none, self.dtype_)[0]
         return sparse.vstack(blocks, format="csr")
 
+    def encode(self, X: CellMatrix) -> NDArray[np.float32]:
+        """Latents of cells, ``(n_cells, n_latent)``, block by block; see `generate`.
+
+        Parameters
+        ----------
+        X
+            What `fit` takes, on the same features, ``(n_cells, n_features)``.
+
+        Raises
+        ------
+        RuntimeError
+            If the model is not fitted.
+        ValueError, TypeError
+            If the matrix is not what the model was fitted on.
+        """
+        self._check_fitted()
+        X = check_cells(X, value_kind(self.likelihood))
+        if X.shape[1] != self.n_features_in_:
+            raise ValueError(
+                f"X: expected the {self.n_features_in_:,} features the model was fitted on; got "
+                f"{X.shape[1]:,}. Pass the same features in the same order."
+            )
+        latents: NDArray[np.float32] = (
+            encode_cells(self.network_.autoencoder, X, self.device_).cpu().numpy()
+        )
+        return latents
+
     @torch.inference_mode()
     def _generate_block(
         self,
         codes: NDArray[np.int64],
         terms: list[tuple[float, NDArray[np.bool_]]],
         totals: NDArray[np.float64],
+        given: NDArray[np.float32] | None,
         generator: torch.Generator,
     ) -> sparse.csr_matrix | NDArray:
         device = self.device_
         attributes = torch.as_tensor(codes + 1, device=device)
-        noise = torch.empty((len(codes), self.n_latent), device=device)
-        latents = self.network_.latents(
-            noise.normal_(generator=generator),
-            attributes,
-            terms,
-            self._flow_size(totals, device),
-            solver=self.solver,
-            n_steps=self.n_steps,
-        )
+        if given is not None:
+            latents = torch.as_tensor(given, device=device)
+        else:
+            noise = torch.empty((len(codes), self.n_latent), device=device)
+            latents = self.network_.latents(
+                noise.normal_(generator=generator),
+                attributes,
+                terms,
+                self._flow_size(totals, device),
+                solver=self.solver,
+                n_steps=self.n_steps,
+            )
         log_size = torch.as_tensor(np.log(totals), dtype=torch.float32, device=device)
         return self.network_.draw(latents, log_size[:, None], attributes[:, 0] - 1, generator)
 

@@ -473,3 +473,28 @@ def test_real_cells_come_back_real(real_data):
         real, made = X[labels == name].toarray(), new[labels == name].toarray()
         assert np.corrcoef(real.mean(axis=0), made.mean(axis=0))[0, 1] > 0.98
         assert abs((real == 0).mean() - (made == 0).mean()) < 0.02
+
+
+# ------------------------------------------------------- latents of one's own
+
+
+def test_latents_of_real_cells_decode_to_their_own_expression(trained, cells):
+    model, X, labels = trained, cells.X, cells.labels
+    latents = model.encode(X)
+    assert latents.shape == (X.shape[0], model.n_latent)
+    depth = np.asarray(X.sum(axis=1)).ravel()
+    again = model.generate(labels, latents=latents, size_factors=depth, random_state=0)
+    for name in np.unique(labels):
+        real, new = (np.asarray(m[labels == name].mean(axis=0)).ravel() for m in (X, again))
+        assert np.corrcoef(real, new)[0, 1] > 0.9
+
+
+def test_given_latents_replace_the_flow_and_nothing_else(trained, cells):
+    X, labels = cells.X, cells.labels
+    a = trained.generate(labels, latents=trained.encode(X), guidance=1.0, random_state=3)
+    b = trained.generate(labels, latents=trained.encode(X), guidance=2.0, random_state=3)
+    assert (a != b).nnz == 0
+    with pytest.raises(ValueError, match="expected shape"):
+        trained.generate(labels, latents=np.zeros((len(labels), 3)))
+    with pytest.raises(ValueError, match="features the model was fitted on"):
+        trained.encode(X[:, :-1])

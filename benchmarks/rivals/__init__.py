@@ -1,0 +1,1 @@
+"""The arms of the benchmark: every way of making rare types heavier that CFGen is held against."""
