@@ -34,6 +34,8 @@ class Arm:
         Left out unless named: trains a deep rival, or needs more than the usual installation.
     needs
         A module that has to be installed for it.
+    real
+        Adds real cells of the pool, so that asking whether it memorised them has no meaning.
     """
 
     about: str
@@ -42,6 +44,7 @@ class Arm:
     seedless: bool = False
     extra: bool = False
     needs: str | None = None
+    real: bool = False
 
 
 def _latent_diffusion(training: Training) -> New:
@@ -134,6 +137,7 @@ ARMS: dict[str, Arm] = {
     "oracle": Arm(
         "unused real cells of the same donors and types, as many as there are up to the number",
         oversampling.oracle,
+        real=True,
     ),
 }
 

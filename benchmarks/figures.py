@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-GAIN, LOSS = "#0072B2", "#D55E00"
+GAIN, LOSS, NEITHER = "#0072B2", "#D55E00", "0.3"
 STYLES = (("black", "o"), ("#009E73", "s"), ("#CC79A7", "D"), ("#E69F00", "^"), ("#56B4E9", "v"))
 
 #: Type names are shown as they are: a dollar sign starts no formula.
@@ -73,7 +73,7 @@ def dots(
     ax = ax if ax is not None else _alone()
     gain, low, high = (gains[c].to_numpy(dtype=float) for c in ("gain", "low", "high"))
     clear = (low > 0) | (high < 0)
-    for sign, own in ((gain >= 0, GAIN), (gain < 0, LOSS)):
+    for sign, own in ((gain > 0, GAIN), (gain < 0, LOSS), (gain == 0, NEITHER)):
         shade = colour or own
         ax.hlines(at[sign], low[sign], high[sign], color=shade, lw=1.3, alpha=0.75)
         for filled in (True, False):
@@ -210,7 +210,7 @@ def gain_against_frequency(
             x = rows["n_train"].to_numpy(dtype=float)
             gain, low, high = (rows[c].to_numpy(dtype=float) for c in ("gain", "low", "high"))
             ax.axhline(0, color="0.3", lw=0.8)
-            for sign, colour in ((gain >= 0, GAIN), (gain < 0, LOSS)):
+            for sign, colour in ((gain > 0, GAIN), (gain < 0, LOSS), (gain == 0, NEITHER)):
                 ax.vlines(x[sign], low[sign], high[sign], color=colour, lw=1.1, alpha=0.6)
                 for filled in (True, False):
                     shown = sign & (((low > 0) | (high < 0)) == filled)
@@ -233,7 +233,7 @@ def pearson(correlation: pd.DataFrame, arm: str) -> str:
     if rows.empty or not np.isfinite(rows["r"].iloc[0]):
         return "r undefined"
     lines = []
-    for name, suffix in (("r", ""), ("log r", "_log")):
+    for name, suffix in (("r", ""), ("r (log)", "_log")):
         if "r" + suffix in rows and np.isfinite(rows["r" + suffix].iloc[0]):
             r, low, high = (rows[column + suffix].iloc[0] for column in ("r", "low", "high"))
             ends = f" [{low:.2f}, {high:.2f}]" if np.isfinite([low, high]).all() else ""

@@ -15,7 +15,7 @@ REALISM = (
     ("cells", "m", 0, None),
     ("W2", "w2", 2, False),
     ("MMD RBF", "mmd_rbf", 4, False),
-    ("MMD linear", "mmd_linear", 4, False),
+    ("MMD linear", "mmd_linear", 2, False),
     ("10-NN F1", "knn_f1", 3, False),
     ("zeros - real", "zeros_diff", 3, True),
     ("slope - real", "slope_diff", 3, True),
@@ -111,19 +111,19 @@ def memorisation_by_type(results: Results, title: str, column: str) -> Table:
 
 
 def costs(results: Results) -> Table:
-    """Seconds and memory of every arm: mean over runs, and the most below."""
+    """Seconds and memory of every arm: mean over runs, and the maximum below."""
     frame = results.frames["costs"]
     lines = []
     for arm in results.arms("costs"):
         own = frame[frame["arm"] == arm]
         line = [Cell(arm), Cell(f"{len(own)}")]
         for column, digits in (
-            ("fit_seconds", 1),
-            ("make_seconds", 1),
-            ("cpu_seconds", 1),
+            ("fit_seconds", 2),
+            ("make_seconds", 2),
+            ("cpu_seconds", 2),
             ("peak_mb", 0),
         ):
-            most = f"most {number(own[column].max(), digits)}"
+            most = f"max {number(own[column].max(), digits)}"
             line.append(Cell(number(own[column].mean(), digits), most))
         lines.append(line)
     columns = ["arm", "runs", "fit, s", "make, s", "CPU, s", "peak memory, MB"]

@@ -38,8 +38,8 @@ def headline(results: Results, setting: Setting) -> Table:
     groups = results.groups()
     scale = largest(rows)
     base = baselines(rows)
-    first = [Cell(number(base.get(g, np.nan)), "macro F1") for g in groups]
-    lines = [[Cell("none (baseline)"), *first]]
+    first = [Cell(number(base.get(g, np.nan))) for g in groups]
+    lines = [[Cell("none (macro F1)"), *first]]
     lines += _gains(rows, [a for a in results.arms("gains") if a != "none"], groups, scale)
     return Table(setting_name(setting), ["arm", *groups], lines)
 
@@ -60,7 +60,7 @@ def per_type(results: Results, setting: Setting) -> Table:
         return " · ".join(f"{letters[m]} {number(values[m])}" for m in measures)
 
     first = [Cell(number(bases.loc[t, "f1"]), absolute(bases.loc[t])) for t in types]
-    lines = [[Cell("none (baseline)"), *first]]
+    lines = [[Cell("none (F1)"), *first]]
     below = {key: absolute(means.loc[key]) for key in means.index}
     arms = [a for a in results.arms("gains") if a != "none"]
     lines += _gains(rows, arms, types, largest(rows), below)
@@ -158,8 +158,8 @@ def neighbours(results: Results, embedder: str, groups: Sequence[str]) -> Table:
     arms = [a for a in results.arms("gains") if a != "none"]
     rows = rows[rows["group"].isin(wanted)]
     base = baselines(rows)
-    first = [Cell(number(base.get(w, np.nan)), "macro F1") for w in wanted]
-    lines = [[Cell("none (baseline)"), *first], *_gains(rows, arms, wanted, largest(rows))]
+    first = [Cell(number(base.get(w, np.nan))) for w in wanted]
+    lines = [[Cell("none (macro F1)"), *first], *_gains(rows, arms, wanted, largest(rows))]
     return Table(f"kNN on {embedder}", ["arm", *wanted], lines)
 
 

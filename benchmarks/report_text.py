@@ -44,7 +44,8 @@ INTRODUCTIONS = {
     "ratio: median distance to the closest training cell, over that of unused real cells of the "
     "same donors (0 for copies, 1 for new draws). Neighbour ratio: the same for nearest over "
     "second nearest. Membership AUC: 0.5 if the new cells do not tell who was trained on. Arms "
-    "that copy training cells are bound to score worst; the oracle's cells are real.",
+    "that copy training cells are bound to score worst. The oracle's cells are among the unused "
+    "ones themselves, which pulls its AUC below 0.5.",
     "costs": "Wall seconds to fit and to make the cells, CPU seconds of both, and the rise of "
     "peak memory over the start.",
     "splits": "Nothing is fitted on, or chosen with, a held-out cell.",
@@ -57,10 +58,11 @@ READING = (
     "The interval is a 95% percentile bootstrap over splits. With few splits it is rough and too "
     "narrow (with five it covers about 85%), and splits that share training donors are not "
     "independent: read it with the number of splits won.",
-    "kNN on a frozen embedding saturates with trivial generators: resampling or independent noise "
-    "per type already wins, because new cells chiefly change how many neighbours vote. Logistic "
-    "regression shows what the new cells themselves are worth; read it too.",
-    "All arms add the same number of cells of each type, except <i>reweight</i>, which adds none.",
+    "kNN on a frozen embedding saturates with trivial generators: copies or independent noise per "
+    "type can win as much as real cells do. Logistic regression leaves room to tell arms apart; "
+    "read it too.",
+    "All arms add the same number of cells of each type, except <i>reweight</i>, which adds none, "
+    "and the oracle, which has no more than its pool holds.",
     "Macro means give each type of a group the same weight, however few its test cells.",
 )
 

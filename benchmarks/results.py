@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,8 +115,9 @@ def collect(out: Path) -> dict[str, pd.DataFrame]:
     return {name: pd.DataFrame(records) for name, records in rows.items()}
 
 
+@cache
 def commit() -> str | None:
-    """Commit of the code that runs, with ``+changes`` if it was edited since; None outside git."""
+    """Commit of the code that this process loaded, with ``+changes`` if it was edited since; None outside git."""
     here = Path(__file__).parent
     try:
         head, status = (

@@ -162,6 +162,8 @@ def _one(
     with measured() as evaluate_cost:
         tables = evaluate(prepared, new, settings)
     records = {name: as_records(frame) for name, frame in tables.items()}
+    if arm.real:
+        records["memorisation"] = []  # its cells are the non-members that others are held against
     for name in ("realism", "memorisation"):
         for record in records[name]:
             record["arm"] = part.arm
