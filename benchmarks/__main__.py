@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: does augmenting rare types help on donors the model never saw?
+"""``python -m benchmarks``: what augmenting rare types does for donors the model never saw.
 
 python -m benchmarks run --data kang --embedder pca --out results/
 python -m benchmarks report results/

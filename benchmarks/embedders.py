@@ -139,7 +139,7 @@ class ScGPTEmbedder:
 def scgpt_embedding(
     checkpoint: Checkpoint, values: sparse.csr_matrix, genes: NDArray, *, seed: int
 ) -> NDArray[np.float32]:
-    """scGPT's embedding on the best device there is, ``(n_cells, embsize)``."""
+    """Embed with scGPT on the best device there is, ``(n_cells, embsize)``."""
     from benchmarks.scgpt.embed import embed_cells
 
     if not values.shape[0]:

@@ -9,19 +9,19 @@ import pandas as pd
 
 from benchmarks.report_data import Cell, Results, Table, in_order, number
 
-#: Column of the table, column it is made of, digits, and whether the difference is already to
-#: the real cells of the type (the rest is compared with the row of real cells).
+#: Column of the table, what it is made of, format, and the least difference to real cells that is
+#: shaded in full: no more colour than the difference is worth.
 REALISM = (
-    ("cells", "m", 0, None),
-    ("W2", "w2", 2, False),
-    ("MMD RBF", "mmd_rbf", 4, False),
-    ("MMD linear", "mmd_linear", 2, False),
-    ("10-NN F1", "knn_f1", 3, False),
-    ("zeros - real", "zeros_diff", 3, True),
-    ("slope - real", "slope_diff", 3, True),
-    ("total / real", "total_ratio", 3, False),
-    ("totals KS", "totals_ks", 3, False),
-    ("mean corr", "mean_corr", 3, False),
+    ("cells", "m", ".0f", np.inf),
+    ("W2", "w2", ".2f", 0.0),
+    ("MMD RBF", "mmd_rbf", ".4f", 0.0),
+    ("MMD linear", "mmd_linear", ".2f", 0.0),
+    ("10-NN F1", "knn_f1", ".3f", 0.05),
+    ("zeros - real", "zeros_diff", "+.3f", 0.02),
+    ("slope - real", "slope_diff", "+.3f", 0.05),
+    ("total / real", "total_ratio", ".3f", 0.05),
+    ("totals KS", "totals_ks", ".3f", 0.05),
+    ("mean corr", "mean_corr", ".3f", 0.02),
 )
 
 MEMORISATION = (
@@ -42,9 +42,8 @@ def realism(results: Results, types: Sequence[str], title: str) -> Table:
     """Realism averaged over splits, then over `types`; the row of real cells comes first.
 
     Shading is the mean difference to the row of real cells over the splits and types that both
-    have (to zero where the column is a difference already), full at the 80th percentile of the
-    arms' absolute differences. Below the number of cells: how many pairs of split and type could
-    be measured, where that is not all of them.
+    have, full at the 80th percentile of the arms' absolute differences. Below the number of
+    cells: how many pairs of split and type could be measured, where that is not all of them.
     """
     frame = results.frames["realism"]
     frame = frame[frame["type"].isin(list(types))].assign(
@@ -58,27 +57,20 @@ def realism(results: Results, types: Sequence[str], title: str) -> Table:
     arms = [a for a in ("real",) if a in means.index] + in_order(set(means.index) - {"real"})
     counts = pairs["m"].groupby(level="arm").count()
     lines = [[Cell("real cells" if arm == "real" else arm)] for arm in arms]
-    for _, source, digits, own in REALISM:
-        differences = _differences(pairs[source], bool(own)).reindex(arms)
+    for _, source, form, least in REALISM:
+        wide = pairs[source].unstack("arm")
+        paired = wide.sub(wide.get("real", np.nan), axis=0)
+        differences = paired.groupby(level="type").mean().mean().reindex(arms)
         made = differences.drop("real", errors="ignore").abs().dropna()
-        scale = float(np.percentile(made, 80)) if len(made) else 0.0
+        scale = max(least, float(np.percentile(made, 80)) if len(made) else 0.0)
         for line, arm in zip(lines, arms, strict=True):
-            tint, small, value = 0.0, "", float(means.loc[arm, source])
-            if own is not None and arm != "real" and np.isfinite(differences[arm]) and scale > 0:
-                tint = float(np.clip(differences[arm] / scale, -1, 1))
-            if own is None and counts[arm] < counts.max():
-                small = f"{counts[arm]} of {counts.max()}"
-            text = number(value, digits)
-            line.append(Cell(f"+{text}" if own and value >= 0 else text, small, tint))
+            value, difference = float(means.loc[arm, source]), float(differences[arm])
+            shaded = np.isfinite(difference) and scale > 0
+            tint = float(np.clip(difference / scale, -1, 1)) if shaded else 0.0
+            lacking = source == "m" and counts[arm] < counts.max()
+            small = f"{counts[arm]} of {counts.max()}" if lacking else ""
+            line.append(Cell(f"{value:{form}}" if np.isfinite(value) else "n/a", small, tint))
     return Table(title, ["arm", *(name for name, _, _, _ in REALISM)], lines)
-
-
-def _differences(pairs: pd.Series, to_zero: bool) -> pd.Series:
-    """By arm: mean difference of a column to the row of real cells, paired by split and type."""
-    wide = pairs.unstack("arm")
-    if not to_zero:
-        wide = wide.sub(wide.get("real", np.nan), axis=0)
-    return wide.groupby(level="type").mean().mean()
 
 
 def memorisation(results: Results) -> Table:

@@ -24,7 +24,7 @@ def gain_cell(row: pd.Series, scale: float, small: str = "") -> Cell:
     """``+0.031 [0.010, 0.052]``, wins below, shaded by sign and size."""
     if not np.isfinite(row["gain"]):
         return Cell("")
-    text = f"{row['gain']:+.3f} {interval(row['low'], row['high'])}"
+    text = f"{row['gain']:+.3f} {interval(row['low'], row['high'])}".strip()
     clear = bool(row["low"] > 0 or row["high"] < 0)
     wins = f"{row['wins']:.0f} of {row['splits']:.0f}" if np.isfinite(row["wins"]) else ""
     tint = float(np.clip(row["gain"] / scale, -1, 1)) if scale > 0 else 0.0
@@ -70,7 +70,7 @@ def per_type(results: Results, setting: Setting) -> Table:
     )
 
 
-def losses(results: Results, shown: int = 3) -> Table:
+def losses(results: Results, shown: int = 2) -> Table:
     """How many types every arm harms and helps, and its largest losses beside its largest gains."""
     rows = results.f1[results.f1["kind"] == "type"]
     settings = set(results.settings())

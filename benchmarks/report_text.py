@@ -44,8 +44,8 @@ INTRODUCTIONS = {
     "ratio: median distance to the closest training cell, over that of unused real cells of the "
     "same donors (0 for copies, 1 for new draws). Neighbour ratio: the same for nearest over "
     "second nearest. Membership AUC: 0.5 if the new cells do not tell who was trained on. Arms "
-    "that copy training cells are bound to score worst. The oracle's cells are among the unused "
-    "ones themselves, which pulls its AUC below 0.5.",
+    "that copy training cells are bound to score worst. The oracle is left out: its cells are the "
+    "unused ones that the others are held against.",
     "costs": "Wall seconds to fit and to make the cells, CPU seconds of both, and the rise of "
     "peak memory over the start.",
     "splits": "Nothing is fitted on, or chosen with, a held-out cell.",
@@ -86,7 +86,7 @@ vertical-align:top;white-space:nowrap}
 thead th{white-space:normal;min-width:5rem;vertical-align:bottom;background:var(--head)}
 tr>:first-child{text-align:left;position:sticky;left:0;background:var(--page)}
 tbody th{font-weight:600}
-td small{display:block;opacity:.75;font-size:.7rem}
+td small{display:block;opacity:.75;font-size:.7rem;white-space:normal}
 figure{margin:1rem 0}
 figure .scroll{background:#fff}
 figure img{display:block;width:100%;min-width:46rem;height:auto}
@@ -96,6 +96,7 @@ dt{font-weight:600}
 dd{margin:0;min-width:0;overflow-wrap:anywhere}
 dd ul{margin:0;padding-left:1.1rem}
 @media(max-width:40rem){dl{grid-template-columns:1fr}dd{padding-left:1rem}}
+@page{margin:12mm}
 @media print{body{max-width:none;padding:0;font-size:9pt}nav{display:none}
 .scroll{overflow:visible}table{font-size:6pt}th,td{padding:.1rem .2rem;white-space:normal}
 td small{font-size:5pt}

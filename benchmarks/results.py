@@ -117,7 +117,10 @@ def collect(out: Path) -> dict[str, pd.DataFrame]:
 
 @cache
 def commit() -> str | None:
-    """Commit of the code that this process loaded, with ``+changes`` if it was edited since; None outside git."""
+    """Commit of the code that this process loaded; None outside git.
+
+    Followed by ``+changes`` if files differ from it.
+    """
     here = Path(__file__).parent
     try:
         head, status = (
