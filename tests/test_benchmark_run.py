@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -225,13 +226,29 @@ def test_settings_survive_the_manifest():
 
 # -------------------------------------------------------------- the command
 
-COMMAND = ["run", "--data", "simulated", "--splits", "2", "--seeds", "2", "--jobs", "1"]
 ARMS_OF_TEST = ["--arms", "nb", "mixup", "ros"]
 
 
-def test_run_writes_tables_manifest_and_report(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """A small run, on a file as a user would have it."""
+    cells = donor_cells()
+    path = tmp_path_factory.mktemp("data") / "small.h5ad"
+    anndata.AnnData(
+        cells.counts,
+        obs=pd.DataFrame(
+            {"cell_type": cells.labels, "donor": cells.donors},
+            index=[f"cell{i}" for i in range(len(cells))],
+        ),
+        var=pd.DataFrame(index=cells.genes),
+    ).write_h5ad(path)
+    work = ["--splits", "2", "--seeds", "2", "--jobs", "1", "--threads", "1"]
+    return ["run", "--data", str(path), *work]
+
+
+def test_run_writes_tables_manifest_and_report(tmp_path, capsys, command):
     out = tmp_path / "results"
-    assert main([*COMMAND, *ARMS_OF_TEST, "--out", str(out)]) == 0
+    assert main([*command, *ARMS_OF_TEST, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "14 of 14 parts" in printed
     assert "roughly" in printed
@@ -248,24 +265,24 @@ def test_run_writes_tables_manifest_and_report(tmp_path, capsys):
 
     # Again: nothing is left to do, and adding an arm does only that arm.
     stamps = {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
-    assert main([*COMMAND, *ARMS_OF_TEST, "smote-log", "--out", str(out)]) == 0
+    assert main([*command, *ARMS_OF_TEST, "smote-log", "--out", str(out)]) == 0
     assert "4 of 18 parts" in capsys.readouterr().out
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
 
     # Other settings do not mix with what is there.
-    assert main([*COMMAND, *ARMS_OF_TEST, "--out", str(out), "--target-size", "3.0"]) == 2
+    assert main([*command, *ARMS_OF_TEST, "--out", str(out), "--target-size", "3.0"]) == 2
     assert "target_size: 2.0 there, 3.0 now" in capsys.readouterr().err
 
     assert main(["report", str(out), "--markdown"]) == 0
     assert "| nb |" in capsys.readouterr().out.replace("`", "")
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
-    def command(out):
-        return [sys.executable, "-m", "benchmarks", *COMMAND, *ARMS_OF_TEST, "--out", str(out)]
+def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, command):
+    def started(out):
+        return [sys.executable, "-m", "benchmarks", *command, *ARMS_OF_TEST, "--out", str(out)]
 
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(started(killed), stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 120
     while len(results.finished(killed)) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -275,7 +292,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
     assert 2 <= len(kept) < 14, "the kill was to come in the middle"
     stamps = {part: part.path(killed).stat().st_mtime_ns for part in kept}
     for out in (killed, whole):
-        subprocess.run(command(out), check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(started(out), check=True, stdout=subprocess.DEVNULL)
     assert {part: part.path(killed).stat().st_mtime_ns for part in kept} == stamps
     for name in ("scores", "gains", "realism", "memorisation"):
         pd.testing.assert_frame_equal(
@@ -283,13 +300,13 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
         )
 
 
-def test_an_arm_that_fails_is_told_and_leaves_the_others(tmp_path, monkeypatch, capsys):
+def test_an_arm_that_fails_is_told_and_leaves_the_others(tmp_path, monkeypatch, capsys, command):
     def fails(training):
         raise RuntimeError("no such luck")
 
     monkeypatch.setitem(ARMS, "mixup", replace(ARMS["mixup"], make=fails))
     out = tmp_path / "results"
-    assert main([*COMMAND, *ARMS_OF_TEST, "--out", str(out)]) == 1
+    assert main([*command, *ARMS_OF_TEST, "--out", str(out)]) == 1
     assert "no such luck" in capsys.readouterr().out
     manifest = json.loads((out / "manifest.json").read_text())
     assert not manifest["complete"]
@@ -298,16 +315,16 @@ def test_an_arm_that_fails_is_told_and_leaves_the_others(tmp_path, monkeypatch, 
     assert Part(1, 1, "ros") in results.finished(out)
 
 
-def test_dry_run_writes_nothing(tmp_path, capsys):
+def test_dry_run_writes_nothing(tmp_path, capsys, command):
     out = tmp_path / "results"
-    assert main([*COMMAND, "--out", str(out), "--dry-run"]) == 0
+    assert main([*command, "--out", str(out), "--dry-run"]) == 0
     assert "GiB" in capsys.readouterr().out
     assert not out.exists()
 
 
-def test_a_directory_of_something_else_is_left_alone(tmp_path, capsys):
+def test_a_directory_of_something_else_is_left_alone(tmp_path, capsys, command):
     (tmp_path / "thesis.tex").write_text("years of work")
-    assert main([*COMMAND, "--out", str(tmp_path)]) == 2
+    assert main([*command, "--out", str(tmp_path)]) == 2
     assert "other files" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
