@@ -67,7 +67,7 @@ def solver_cost(model: CFGen, labels: np.ndarray, repeats: int) -> pd.DataFrame:
         nonlocal calls
         calls += 1
 
-    handle = model.network_.field.register_forward_hook(count)
+    handle = model.network_.field.inlet.register_forward_hook(count)
     default = model.solver
     measured: dict[str, list[tuple[float, float, int]]] = {default: [], "dopri5": []}
     for solver in measured:  # warm-up, imports included

@@ -16,12 +16,19 @@ from tqdm.auto import tqdm
 
 from cfgen_augment.attributes import Attributes, check_attribute, check_feature_names
 from cfgen_augment.counts import CellMatrix, as_dtype, check_cells, total_counts
+from cfgen_augment.flow import guided
 from cfgen_augment.likelihoods import value_kind
 from cfgen_augment.network import Network
 from cfgen_augment.parameters import RandomState, check_parameters, entropy, pair
 from cfgen_augment.saved import SavedModel
 from cfgen_augment.size_factors import LogNormalSizeFactor
-from cfgen_augment.solver import check_solver
+from cfgen_augment.solver import (
+    REHEARSAL_CELLS,
+    Solver,
+    Velocity,
+    check_solver,
+    make_solver,
+)
 from cfgen_augment.stages import (
     block_rows,
     encode_cells,
@@ -34,7 +41,7 @@ from cfgen_augment.training import Schedule, hold_out, resolve_device, seeded
 LABEL = "label"  # name of the attribute that holds the cells' labels
 
 # max_epochs="auto": minibatches to aim at, fewest and most epochs; autoencoder and flow.
-_AUTO_EPOCHS = ((1_200, 20, 300), (4_000, 40, 1_000))
+_AUTO_EPOCHS = ((1_200, 20, 300), (2_500, 40, 1_000))
 
 
 class CFGen(SavedModel):
@@ -82,10 +89,12 @@ class CFGen(SavedModel):
     patience : "auto" or int
         Epochs without a better held-out loss before training stops; ``"auto"`` is a fifth of the
         stage's epochs, at least 5.
-    solver : {"midpoint", "heun", "rk4", "dopri5"}
-        How the flow is integrated; ``"dopri5"`` is adaptive at 1e-5 and needs torchdyn.
+    solver : {"fitted", "midpoint", "heun", "rk4", "dopri5"}
+        How the flow is integrated. ``"fitted"`` is a multistep method fitted to the trained
+        field, one network call per step; ``"midpoint"`` and ``"heun"`` take two, ``"rk4"`` four;
+        ``"dopri5"`` is adaptive at 1e-5 and needs torchdyn.
     n_steps : int
-        Steps of the fixed-step solvers.
+        Steps of all solvers but the adaptive one.
     guidance : float or mapping from str to float
         Default guidance of `generate`. A number weighs all attributes given together (1 is plain
         conditional sampling, one network call); a mapping weighs each of them alone and composes
@@ -126,7 +135,7 @@ class CFGen(SavedModel):
     Notes
     -----
     With ``max_epochs="auto"`` the autoencoder gets some 1,200 minibatches and the flow some
-    4,000, but between 20 and 300 and between 40 and 1,000 epochs. Learning rates are annealed to
+    2,500, but between 20 and 300 and between 40 and 1,000 epochs. Learning rates are annealed to
     zero over that many; early stopping may end them sooner.
 
     A held-out cell that stops training early is still encoded and learned by the flow; it is
@@ -159,15 +168,15 @@ class CFGen(SavedModel):
         n_latent: int = 50,
         hidden: Sequence[int] = (512, 256),
         flow_width: int = 128,
-        flow_blocks: int = 3,
+        flow_blocks: int = 2,
         max_epochs: str | int | tuple[int, int] = "auto",
         batch_size: int = 256,
-        learning_rate: float | tuple[float, float] = 2e-3,
+        learning_rate: float | tuple[float, float] = (2e-3, 4e-3),
         attribute_dropout: float = 0.2,
         validation_fraction: float = 0.1,
         patience: str | int = "auto",
-        solver: str = "midpoint",
-        n_steps: int = 10,
+        solver: str = "fitted",
+        n_steps: int = 5,
         guidance: float | Mapping[str, float] = 1.0,
         device: str = "auto",
         random_state: RandomState = None,
@@ -444,6 +453,9 @@ class CFGen(SavedModel):
         random = np.random.default_rng(entropy(seed))
         totals = self._totals(size_factors, codes, random)
         generator = seeded(random, self.device_)
+        solver = (
+            None if latents is not None or n == 0 else self._solver(codes, terms, totals, random)
+        )
 
         blocks = []
         too_large = 0
@@ -452,7 +464,9 @@ class CFGen(SavedModel):
         for start in tqdm(starts, desc="generate", unit="block", disable=not self.verbose):
             block = slice(start, min(start + block_size, n))
             given = None if latents is None else latents[block]
-            drawn = self._generate_block(codes[block], terms, totals[block], given, generator)
+            drawn = self._generate_block(
+                codes[block], terms, totals[block], solver, given, generator
+            )
             if self.likelihood == "gaussian":
                 blocks.append(drawn.astype(np.result_type(self.dtype_, np.float32), copy=False))
                 continue
@@ -502,17 +516,43 @@ class CFGen(SavedModel):
         return latents
 
     @torch.inference_mode()
+    def _solver(
+        self,
+        codes: NDArray[np.int64],
+        terms: list[tuple[float, NDArray[np.bool_]]],
+        totals: NDArray[np.float64],
+        random: np.random.Generator,
+    ) -> Solver:
+        """How to integrate the flow; what is fitted to the field rehearses on cells like these."""
+
+        def rehearse() -> tuple[Velocity, Tensor]:
+            device = self.device_
+            some = random.integers(len(codes), size=REHEARSAL_CELLS)
+            velocity = guided(
+                self.network_.field,
+                torch.as_tensor(codes[some] + 1, device=device),
+                terms,
+                self._flow_size(totals[some], device),
+            )
+            noise = torch.empty((REHEARSAL_CELLS, self.n_latent), device=device)
+            return velocity, noise.normal_(generator=seeded(random, device))
+
+        return make_solver(self.solver, self.n_steps, rehearse)
+
+    @torch.inference_mode()
     def _generate_block(
         self,
         codes: NDArray[np.int64],
         terms: list[tuple[float, NDArray[np.bool_]]],
         totals: NDArray[np.float64],
+        solver: Solver | None,
         given: NDArray[np.float32] | None,
         generator: torch.Generator,
     ) -> sparse.csr_matrix | NDArray:
+        """Cells of the given latents, or of latents that the solver carries noise to."""
         device = self.device_
         attributes = torch.as_tensor(codes + 1, device=device)
-        if given is not None:
+        if solver is None:
             latents = torch.as_tensor(given, device=device)
         else:
             noise = torch.empty((len(codes), self.n_latent), device=device)
@@ -521,8 +561,7 @@ class CFGen(SavedModel):
                 attributes,
                 terms,
                 self._flow_size(totals, device),
-                solver=self.solver,
-                n_steps=self.n_steps,
+                solver,
             )
         log_size = torch.as_tensor(np.log(totals), dtype=torch.float32, device=device)
         return self.network_.draw(latents, log_size[:, None], attributes[:, 0] - 1, generator)

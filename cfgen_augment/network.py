@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cfgen_augment.autoencoder import Autoencoder
 from cfgen_augment.flow import VelocityField, guided
 from cfgen_augment.likelihoods import make_likelihood
-from cfgen_augment.solver import integrate
+from cfgen_augment.solver import Solver
 
 
 class Network(nn.Module):
@@ -80,13 +80,11 @@ class Network(nn.Module):
         attributes: Tensor,
         terms: Sequence[tuple[float, NDArray[np.bool_]]],
         flow_size: Tensor | None,
-        *,
-        solver: str,
-        n_steps: int,
+        solver: Solver,
     ) -> Tensor:
         """Carry noise ``(n, n_latent)`` to latents along the guided field."""
         velocity = guided(self.field, attributes, terms, flow_size)
-        standardised = integrate(velocity, noise, solver=solver, n_steps=n_steps)
+        standardised = solver(velocity, noise)
         return self.latent_mean + self.latent_scale * standardised
 
     def draw(

@@ -84,12 +84,12 @@ class CFGenSampler(BaseOverSampler):
         Most epochs of the autoencoder and the flow.
     batch_size : int, default=256
         Cells in a minibatch.
-    learning_rate : float or (float, float), default=2e-3
+    learning_rate : float or (float, float), default=(2e-3, 4e-3)
         Learning rate of the autoencoder and the flow.
-    solver : {"midpoint", "heun", "rk4", "dopri5"} or None, default=None
+    solver : {"fitted", "midpoint", "heun", "rk4", "dopri5"} or None, default=None
         How the flow is integrated; None leaves it to the model.
     n_steps : int or None, default=None
-        Steps of the fixed-step solvers; None leaves it to the model.
+        Steps of all solvers but the adaptive one; None leaves it to the model.
     guidance : float, dict or None, default=None
         One weight for all attributes together, or weights by attribute (``"label"``, ``"donor"``,
         ``"batch"``) composed by Eq. 10; None leaves it to the model.
@@ -168,7 +168,7 @@ class CFGenSampler(BaseOverSampler):
         "max_epochs": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left"), tuple],
         "batch_size": [Interval(Integral, 2, None, closed="left")],
         "learning_rate": [Interval(Real, 0, None, closed="neither"), tuple],
-        "solver": [StrOptions({"midpoint", "heun", "rk4", "dopri5"}), None],
+        "solver": [StrOptions({"fitted", "midpoint", "heun", "rk4", "dopri5"}), None],
         "n_steps": [Interval(Integral, 1, None, closed="left"), None],
         "guidance": [Interval(Real, None, None, closed="neither"), Mapping, None],
         "layer": [str, None],
@@ -192,7 +192,7 @@ class CFGenSampler(BaseOverSampler):
         n_latent: int = 50,
         max_epochs: str | int | tuple[int, int] = "auto",
         batch_size: int = 256,
-        learning_rate: float | tuple[float, float] = 2e-3,
+        learning_rate: float | tuple[float, float] = (2e-3, 4e-3),
         solver: str | None = None,
         n_steps: int | None = None,
         guidance: float | Mapping[str, float] | None = None,
