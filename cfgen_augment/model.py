@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 
 from cfgen_augment.attributes import Attributes, check_attribute, check_feature_names
 from cfgen_augment.counts import CellMatrix, as_dtype, check_cells, total_counts
-from cfgen_augment.flow import guided
 from cfgen_augment.likelihoods import value_kind
 from cfgen_augment.network import Network
 from cfgen_augment.parameters import RandomState, check_parameters, entropy, pair
@@ -528,8 +527,7 @@ class CFGen(SavedModel):
         def rehearse() -> tuple[Velocity, Tensor]:
             device = self.device_
             some = random.integers(len(codes), size=REHEARSAL_CELLS)
-            velocity = guided(
-                self.network_.field,
+            velocity = self.network_.velocity(
                 torch.as_tensor(codes[some] + 1, device=device),
                 terms,
                 self._flow_size(totals[some], device),
@@ -555,14 +553,9 @@ class CFGen(SavedModel):
         if solver is None:
             latents = torch.as_tensor(given, device=device)
         else:
+            velocity = self.network_.velocity(attributes, terms, self._flow_size(totals, device))
             noise = torch.empty((len(codes), self.n_latent), device=device)
-            latents = self.network_.latents(
-                noise.normal_(generator=generator),
-                attributes,
-                terms,
-                self._flow_size(totals, device),
-                solver,
-            )
+            latents = self.network_.latents(noise.normal_(generator=generator), velocity, solver)
         log_size = torch.as_tensor(np.log(totals), dtype=torch.float32, device=device)
         return self.network_.draw(latents, log_size[:, None], attributes[:, 0] - 1, generator)
 

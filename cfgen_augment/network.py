@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cfgen_augment.autoencoder import Autoencoder
 from cfgen_augment.flow import VelocityField, guided
 from cfgen_augment.likelihoods import make_likelihood
-from cfgen_augment.solver import Solver
+from cfgen_augment.solver import Solver, Velocity
 
 
 class Network(nn.Module):
@@ -74,18 +74,18 @@ class Network(nn.Module):
         self.latent_scale = latents.std(dim=0, correction=0).clamp_min(1e-6)
         return (latents - self.latent_mean) / self.latent_scale
 
-    def latents(
+    def velocity(
         self,
-        noise: Tensor,
         attributes: Tensor,
         terms: Sequence[tuple[float, NDArray[np.bool_]]],
         flow_size: Tensor | None,
-        solver: Solver,
-    ) -> Tensor:
-        """Carry noise ``(n, n_latent)`` to latents along the guided field."""
-        velocity = guided(self.field, attributes, terms, flow_size)
-        standardised = solver(velocity, noise)
-        return self.latent_mean + self.latent_scale * standardised
+    ) -> Velocity:
+        """The guided field of cells with the given attributes, see `flow.guided`."""
+        return guided(self.field, attributes, terms, flow_size)
+
+    def latents(self, noise: Tensor, velocity: Velocity, solver: Solver) -> Tensor:
+        """Carry noise ``(n, n_latent)`` to latents along the field."""
+        return self.latent_mean + self.latent_scale * solver(velocity, noise)
 
     def draw(
         self, latents: Tensor, log_size: Tensor, groups: Tensor, generator: torch.Generator

@@ -130,9 +130,11 @@ def test_default_solver_agrees_with_dopri5_from_the_same_noise(trained):
     exact, default = (
         trained.network_.latents(
             noise,
-            torch.as_tensor(codes + 1),
-            label_alone,
-            trained._flow_size(totals, torch.device("cpu")),
+            trained.network_.velocity(
+                torch.as_tensor(codes + 1),
+                label_alone,
+                trained._flow_size(totals, torch.device("cpu")),
+            ),
             solver,
         )
         for solver in (

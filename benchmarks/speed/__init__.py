@@ -1,0 +1,1 @@
+"""How fast: stages beside their floors, rivals beside CFGen, in one interleaved run."""
