@@ -82,14 +82,14 @@ class Reference:
             self.model.fit(X, labels)
 
     @torch.inference_mode()
-    def generate(self, labels: NDArray, *, batch: int = 10_000) -> list[NDArray]:
+    def generate(self, labels: NDArray, *, batch: int = 10_000, seed: int = 0) -> list[NDArray]:
         """Dense counts of cells of the given types, batch by batch; its notebooks take 100."""
         model = self.model
         terms = [(0.0, np.array([False])), (1.0, np.array([True]))]
         solver = make_solver("dopri5", 1, lambda: (_ for _ in ()).throw(RuntimeError))
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         codes = model.attributes_.encode({"label": labels}, len(labels))
-        random = np.random.default_rng(0)
+        random = np.random.default_rng(seed)
         made = []
         with _recipe():
             for start in range(0, len(labels), batch):
