@@ -116,7 +116,7 @@ class _Composition(Likelihood):
         generator: torch.Generator,
     ) -> sparse.csr_matrix:
         """Draw one cell per row, see `Likelihood.sample`."""
-        size = self._given(log_size).double().exp()
+        size = self._given(log_size).exp()
         theta, row = self._dispersion(group)
         # Profile and size stay apart: their product is needed only where an event falls.
         profile = torch.softmax(output, dim=-1)

@@ -117,17 +117,17 @@ def _poisson(state: NDArray[np.uint64], mean: float) -> float:
 
 
 @_compiled
-def _cluster(state: NDArray[np.uint64], ratio: float) -> float:
-    """Counts that an event brings where ``mu / theta = ratio``; zero if it is not kept."""
-    # One uniform decides twice: what is left of it beyond P(K = 1) = 1 / (1 + ratio) is again
-    # uniform, on (0, ratio), and since K >= 2 there, its upper half is never kept.
-    beyond = _uniform(state) * (1.0 + ratio) - 1.0
-    if beyond < 0.0:
+def _cluster(state: NDArray[np.uint64], shape: float, mean: float) -> float:
+    """Counts that an event brings, zero if it is not kept; `shape` may be infinite."""
+    # One uniform decides twice: what is left of it beyond P(K = 1) = shape / (shape + mean) is
+    # again uniform, on (0, mean), and since K >= 2 there, its upper half is never kept.
+    beyond = _uniform(state) * (shape + mean) - shape
+    if not beyond >= 0.0:  # NaN where the shape is infinite
         return 1.0
-    if beyond >= 0.5 * ratio:
+    if beyond >= 0.5 * mean:
         return 0.0
-    size = 2.0 + np.floor(_exponential(state) / math.log(1.0 + 1.0 / ratio))
-    return size if beyond * size < ratio else 0.0
+    size = 2.0 + np.floor(_exponential(state) / math.log(1.0 + shape / mean))
+    return size if beyond * size < mean else 0.0
 
 
 @_compiled
@@ -160,7 +160,7 @@ def _settle(
         if large:
             drawn = _poisson(state, min(mean * _unit_gamma(state, shape), _MOST_RATE))
         else:
-            drawn = _cluster(state, mean / shape)
+            drawn = _cluster(state, shape, mean)
         if drawn == 0.0:
             continue
         if stop > start and columns[stop - 1] == gene:
