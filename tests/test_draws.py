@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +77,16 @@ def test_large_counts_do_not_cost_an_event_each(numbers):
     drawn = draw_counts(profile, scale, theta, generator=seeded())
     assert drawn.sum() > 1e7
     assert len(numbers) < 100 * profile.numel()
+
+
+def test_nothing_dense_is_made_but_room_for_the_result():
+    arguments = block(100, 2000, total=200.0)
+    draw_counts(*arguments, generator=seeded())  # compiles
+    tracemalloc.start()
+    draw_counts(*arguments, generator=seeded())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.3 * 8 * arguments[0].numel()  # an int32 column and count per entry
 
 
 def test_compiled_and_plain_sweep_agree(request):
