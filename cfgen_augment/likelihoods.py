@@ -2,9 +2,8 @@ r"""Noise models: how counts are distributed around what the decoder says.
 
 One object per noise model. ``natural`` turns the decoder's output and the size factor into the
 quantity the model is written in (log mean for counts, logit for presence, mean for continuous
-features), ``log_prob`` and ``sample`` take that quantity. Counts are drawn straight into CSR:
-the dense block only decides *where* a count is positive, and the draw itself touches nothing
-but those entries.
+features), and ``log_prob`` takes that quantity. ``sample`` starts from the decoder's output itself,
+so that nothing dense is computed but what the draw reads; counts are drawn straight into CSR.
 
 Symbols: ``x`` counts, ``mu`` mean, ``theta`` inverse dispersion, ``l`` size factor.
 """
@@ -21,18 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cfgen_augment.counts import ValueKind
-from cfgen_augment.draws import draw_counts, standard_gamma, to_csr, uniform_like
+from cfgen_augment.draws import draw_counts
 
 logger = logging.getLogger(__name__)
 
 _LOG_THETA_RANGE = (-10.0, 10.0)  # beyond, float32 cannot tell the model from its limits
 
 _POOLING_CELLS = 50.0  # a label's own dispersion weighs as much as the pooled one at this size
-
-# Entries with a larger mean, or heavier tail, are cheaper to draw as a mixture than by walking
-# along the distribution function.
-_WALK_MEAN = 10.0
-_WALK_RATIO = 9.0
 
 
 class Likelihood(nn.Module):
@@ -76,9 +70,24 @@ class Likelihood(nn.Module):
         raise TypeError(f"{type(self).__name__} is not a noise model by itself")
 
     def sample(
-        self, natural: Tensor, group: Tensor | None = None, *, generator: torch.Generator
+        self,
+        output: Tensor,
+        log_size: Tensor | None,
+        group: Tensor | None = None,
+        *,
+        generator: torch.Generator,
     ) -> sparse.csr_matrix | np.ndarray:
-        """Draw one cell per row: CSR of int32 for counts, an ndarray for continuous features."""
+        """Draw one cell per row: CSR of int32 for counts, an ndarray for continuous features.
+
+        Parameters
+        ----------
+        output, log_size
+            What `natural` takes: decoder output ``(n, n_features)``, log size factor ``(n, 1)``.
+        group
+            Group of every cell, ``(n,)``, where the dispersion is per group.
+        generator
+            Source of randomness, on the device of `output`.
+        """
         raise TypeError(f"{type(self).__name__} is not a noise model by itself")
 
 
@@ -95,9 +104,32 @@ class _Composition(Likelihood):
 
     def natural(self, output: Tensor, log_size: Tensor | None) -> Tensor:
         """Log mean, ``log_softmax(output) + log l``."""
+        return F.log_softmax(output, dim=-1) + self._given(log_size)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        output: Tensor,
+        log_size: Tensor | None,
+        group: Tensor | None = None,
+        *,
+        generator: torch.Generator,
+    ) -> sparse.csr_matrix:
+        """Draw one cell per row, see `Likelihood.sample`."""
+        size = self._given(log_size).exp()
+        theta, row = self._dispersion(group)
+        # Profile and size stay apart: their product is needed only where an event falls.
+        profile = torch.softmax(output, dim=-1)
+        return draw_counts(profile, size, theta, row, generator=generator)
+
+    def _given(self, log_size: Tensor | None) -> Tensor:
         if log_size is None:
             raise ValueError(f"{type(self).__name__} needs the cells' size factors")
-        return F.log_softmax(output, dim=-1) + log_size
+        return log_size
+
+    def _dispersion(self, group: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Inverse dispersions ``(n_groups, n_features)``, and the row of them for every cell."""
+        return None, None
 
 
 class NegativeBinomial(_Composition):
@@ -167,14 +199,22 @@ class NegativeBinomial(_Composition):
 
     def _log_theta(self, group: Tensor | None) -> Tensor:
         log_theta = self.log_theta.clamp(*_LOG_THETA_RANGE)
-        if log_theta.shape[0] == 1:
-            return log_theta
+        row = self._row(group)
+        return log_theta if row is None else log_theta[row]
+
+    def _dispersion(self, group: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        return self.log_theta.clamp(*_LOG_THETA_RANGE).exp(), self._row(group)
+
+    def _row(self, group: Tensor | None) -> Tensor | None:
+        """Row of the dispersion for every cell; None where there is but one."""
+        if self.log_theta.shape[0] == 1:
+            return None
         if group is None:
             raise ValueError(
                 "dispersion='gene-label': expected a label for every cell; got none. Pass labels, "
                 "or fit with dispersion='gene'."
             )
-        return log_theta[group]
+        return group
 
     def log_prob(self, x: Tensor, natural: Tensor, group: Tensor | None = None) -> Tensor:
         """``log NB(x | mu, theta)`` with ``natural = log mu``."""
@@ -190,32 +230,6 @@ class NegativeBinomial(_Composition):
             - torch.lgamma(x + 1.0)
         )
 
-    @torch.no_grad()
-    def sample(
-        self, natural: Tensor, group: Tensor | None = None, *, generator: torch.Generator
-    ) -> sparse.csr_matrix:
-        """Draw one cell per row, see `Likelihood.sample`."""
-        log_theta = self._log_theta(group)
-        theta = log_theta.exp()
-        mu = natural.exp()
-        ratio = mu / theta
-        log_zero = -theta * torch.log1p(ratio)
-
-        def theta_at(at: Tensor) -> Tensor:
-            return theta[0][at % theta.shape[1]] if len(theta) == 1 else theta.reshape(-1)[at]
-
-        def recurrence(at: Tensor) -> tuple[Tensor, Tensor]:
-            r = ratio.reshape(-1)[at].double()
-            b = r / (1.0 + r)
-            return theta_at(at).double() * b, b
-
-        def mixture(at: Tensor) -> Tensor:
-            rate = standard_gamma(theta_at(at), generator) * ratio.reshape(-1)[at]
-            return torch.poisson(rate, generator=generator)
-
-        walk = (mu <= _WALK_MEAN) & (ratio <= _WALK_RATIO)
-        return draw_counts(log_zero, walk, recurrence, mixture, generator)
-
 
 class Poisson(_Composition):
     r"""Poisson counts with mean ``mu = softmax(output) * l``."""
@@ -223,22 +237,6 @@ class Poisson(_Composition):
     def log_prob(self, x: Tensor, natural: Tensor, group: Tensor | None = None) -> Tensor:
         """``x log mu - mu - log x!`` with ``natural = log mu``."""
         return x * natural - natural.exp() - torch.lgamma(x + 1.0)
-
-    @torch.no_grad()
-    def sample(
-        self, natural: Tensor, group: Tensor | None = None, *, generator: torch.Generator
-    ) -> sparse.csr_matrix:
-        """Draw one cell per row, see `Likelihood.sample`."""
-        mu = natural.exp()
-
-        def recurrence(at: Tensor) -> tuple[Tensor, Tensor]:
-            a = mu.reshape(-1)[at].double()
-            return a, torch.zeros_like(a)
-
-        def mixture(at: Tensor) -> Tensor:
-            return torch.poisson(mu.reshape(-1)[at], generator=generator)
-
-        return draw_counts(-mu, mu <= _WALK_MEAN, recurrence, mixture, generator)
 
 
 class Bernoulli(Likelihood):
@@ -257,12 +255,17 @@ class Bernoulli(Likelihood):
 
     @torch.no_grad()
     def sample(
-        self, natural: Tensor, group: Tensor | None = None, *, generator: torch.Generator
+        self,
+        output: Tensor,
+        log_size: Tensor | None,
+        group: Tensor | None = None,
+        *,
+        generator: torch.Generator,
     ) -> sparse.csr_matrix:
         """Draw one cell per row, see `Likelihood.sample`."""
-        present = uniform_like(natural, generator) < torch.sigmoid(natural)
-        at = present.reshape(-1).nonzero().reshape(-1)
-        return to_csr(at, torch.ones_like(at), natural.shape)
+        # Present is what has any event at a rate of -log(1 - p), which is softplus(logit).
+        one = torch.ones((len(output), 1), device=output.device)
+        return draw_counts(F.softplus(output), one, generator=generator, ceiling=1)
 
 
 class Gaussian(Likelihood):
@@ -310,11 +313,16 @@ class Gaussian(Likelihood):
 
     @torch.no_grad()
     def sample(
-        self, natural: Tensor, group: Tensor | None = None, *, generator: torch.Generator
+        self,
+        output: Tensor,
+        log_size: Tensor | None,
+        group: Tensor | None = None,
+        *,
+        generator: torch.Generator,
     ) -> np.ndarray:
         """Draw one cell per row, see `Likelihood.sample`."""
-        noise = torch.empty_like(natural).normal_(generator=generator)
-        return (natural + self._scale() * noise).cpu().numpy()
+        noise = torch.empty_like(output).normal_(generator=generator)
+        return (self.natural(output, log_size) + self._scale() * noise).cpu().numpy()
 
 
 _KINDS: dict[str, type[Likelihood]] = {

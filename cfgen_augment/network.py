@@ -91,5 +91,5 @@ class Network(nn.Module):
         self, latents: Tensor, log_size: Tensor, groups: Tensor, generator: torch.Generator
     ) -> sparse.csr_matrix | np.ndarray:
         """Decode latents at log size factors ``(n, 1)`` and draw from the noise model."""
-        natural = self.autoencoder.decode(latents, log_size)
-        return self.autoencoder.likelihood.sample(natural, groups, generator=generator)
+        output = self.autoencoder.decoder(latents)
+        return self.autoencoder.likelihood.sample(output, log_size, groups, generator=generator)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from scipy import sparse, stats
 
-from cfgen_augment import likelihoods
+from cfgen_augment import draws, likelihoods
 from cfgen_augment.likelihoods import (
     LIKELIHOODS,
     Bernoulli,
@@ -37,6 +39,24 @@ def scipy_nb(mu, theta):
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def draw(model, natural, group=None, seed: int = 0):
+    """Draw at log means, split into the composition and size factor that the model takes."""
+    log_size = natural.logsumexp(dim=1, keepdim=True)
+    return model.sample(natural, log_size, group, generator=seeded(seed))
+
+
+@pytest.fixture(params=["sweep", "dense"])
+def way(request, monkeypatch):
+    """The CPU's way to draw, and the one of other devices."""
+
+    def dense(profile, scale, theta=None, group=None, *, generator, ceiling=2**31 - 1):
+        return draws._dense(profile * scale, theta, group, generator, ceiling)
+
+    if request.param == "dense":
+        monkeypatch.setattr(likelihoods, "draw_counts", dense)
+    return request.param
 
 
 def grid(dtype):
@@ -90,7 +110,7 @@ def test_nb_approaches_poisson_and_group_picks_the_dispersion():
     with pytest.raises(ValueError, match=r"dispersion='gene-label': expected a label for every"):
         two.log_prob(x_, natural)
     with pytest.raises(ValueError, match=r"got none\. Pass labels"):
-        two.sample(natural, generator=seeded())
+        draw(two, natural)
 
 
 def test_poisson_bernoulli_and_gaussian_log_prob():
@@ -144,33 +164,34 @@ def chi_square_p(drawn: np.ndarray, distribution) -> float:
 
 
 @pytest.mark.parametrize(
-    ("mu", "theta", "walks"),
+    ("mu", "theta"),
     [
-        pytest.param(0.002, 0.5, True, id="walk-sparse"),
-        pytest.param(0.4, 0.05, True, id="walk-heavy-tail"),
-        pytest.param(1.0, 1.0, True, id="walk-geometric"),
-        pytest.param(4.5, 0.5, True, id="walk-at-the-largest-ratio"),
-        pytest.param(3.0, 1e4, True, id="walk-nearly-poisson"),
-        pytest.param(10.0, 2.0, True, id="walk-at-the-largest-mean"),
-        pytest.param(10.5, 2.0, False, id="mixture-just-above"),
-        pytest.param(1.0, 0.05, False, id="mixture-heavy-tail"),
-        pytest.param(40.0, 8.0, False, id="mixture"),
-        pytest.param(2000.0, 3.0, False, id="mixture-large"),
+        pytest.param(0.002, 0.5, id="sparse"),
+        pytest.param(0.4, 0.05, id="heavy-tail"),
+        pytest.param(1.0, np.exp(-10.0), id="heaviest-tail"),
+        pytest.param(1.0, 1.0, id="geometric"),
+        pytest.param(0.01, np.exp(10.0), id="sparse-nearly-poisson"),
+        pytest.param(3.0, 1e4, id="nearly-poisson"),
+        pytest.param(3.99, 2.0, id="largest-mean-by-events"),
+        pytest.param(4.01, 2.0, id="smallest-mean-by-mixture"),
+        pytest.param(10.0, 0.05, id="mixture-heavy-tail"),
+        pytest.param(40.0, 8.0, id="mixture"),
+        pytest.param(2000.0, 3.0, id="mixture-large"),
+        pytest.param(2e5, np.exp(10.0), id="mixture-huge"),
     ],
 )
-def test_nb_draws(mu, theta, walks):
-    assert walks == (mu <= likelihoods._WALK_MEAN and mu / theta <= likelihoods._WALK_RATIO)
-    # Slightly inside the limits, so that rounding of exp(log(mu)) does not pick the branch.
-    natural = torch.full((40_000, 1), float(np.log(mu * (1.0 - 1e-6))))
-    drawn = negative_binomial(np.log(theta)).sample(natural, generator=seeded())
-    assert chi_square_p(drawn.toarray(), scipy_nb(mu, theta)) > ALPHA
-
-
-@pytest.mark.parametrize("mu", [0.01, 0.7, 9.9, 10.1, 80.0, 5000.0])
-def test_poisson_draws(mu):
+def test_nb_draws(mu, theta, way):
     natural = torch.full((40_000, 1), float(np.log(mu)))
-    drawn = Poisson().sample(natural, generator=seeded())
-    assert chi_square_p(drawn.toarray(), stats.poisson(mu)) > ALPHA
+    drawn = draw(negative_binomial(np.log(theta)), natural).toarray()
+    assert chi_square_p(drawn, scipy_nb(mu, theta)) > ALPHA
+    p_zero = np.exp(-theta * np.log1p(mu / theta))
+    assert stats.binomtest(int((drawn == 0).sum()), 40_000, p_zero).pvalue > ALPHA
+
+
+@pytest.mark.parametrize("mu", [0.01, 0.7, 3.9, 4.1, 9.9, 10.1, 80.0, 5000.0, 1e6])
+def test_poisson_draws(mu, way):
+    natural = torch.full((40_000, 1), float(np.log(mu)))
+    assert chi_square_p(draw(Poisson(), natural).toarray(), stats.poisson(mu)) > ALPHA
 
 
 def test_the_goodness_of_fit_test_can_fail():
@@ -180,9 +201,9 @@ def test_the_goodness_of_fit_test_can_fail():
     assert chi_square_p(drawn, scipy_nb(10.0, 200.0)) < ALPHA
 
 
-@pytest.mark.parametrize("logit", [-4.0, 0.0, 2.0])
-def test_bernoulli_draws(logit):
-    drawn = Bernoulli().sample(torch.full((200, 200), logit), generator=seeded())
+@pytest.mark.parametrize("logit", [-4.0, 0.0, 2.0, 5.0])
+def test_bernoulli_draws(logit, way):
+    drawn = Bernoulli().sample(torch.full((200, 200), logit), None, generator=seeded())
     p = stats.logistic.cdf(logit)
     assert set(drawn.data.tolist()) == {1}
     assert stats.binomtest(drawn.nnz, 40_000, p).pvalue > ALPHA
@@ -191,8 +212,8 @@ def test_bernoulli_draws(logit):
 def test_gaussian_draws():
     model = Gaussian(2)
     model.initialise(np.array([3.0, -1.0]), np.array([4.0, 0.25]), np.ones(5))
-    natural = model.natural(torch.tensor([[1.0, 0.0]]), None).expand(5000, 2)
-    drawn = model.sample(natural, generator=seeded())
+    output = torch.tensor([[1.0, 0.0]]).expand(5000, 2)
+    drawn = model.sample(output, None, generator=seeded())
     assert isinstance(drawn, np.ndarray)
     for column, (mean, scale) in enumerate([(5.0, 2.0), (-1.0, 0.5)]):
         assert stats.kstest(drawn[:, column], stats.norm(mean, scale).cdf).pvalue > ALPHA
@@ -209,9 +230,9 @@ def mixed_block() -> tuple[NegativeBinomial, torch.Tensor]:
     return model, natural
 
 
-def test_blocks_of_mixed_entries_are_canonical_csr_in_the_right_places():
+def test_blocks_of_mixed_entries_are_canonical_csr_in_the_right_places(way):
     model, natural = mixed_block()
-    drawn = model.sample(natural, generator=seeded())
+    drawn = draw(model, natural)
     assert isinstance(drawn, sparse.csr_matrix)
     assert drawn.dtype == np.int32
     assert drawn.shape == (3000, 6)
@@ -230,35 +251,34 @@ def test_blocks_of_mixed_entries_are_canonical_csr_in_the_right_places():
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 4)], ids=["no-cells", "no-counts"])
-def test_blocks_without_counts(shape):
+def test_blocks_without_counts(shape, way):
+    log_size = torch.full((shape[0], 1), -80.0)
     for model in (NegativeBinomial(4), Poisson(), Bernoulli()):
-        drawn = model.sample(torch.full(shape, -80.0), generator=seeded())
+        drawn = model.sample(torch.full(shape, -80.0), log_size, generator=seeded())
         assert drawn.shape == shape
         assert drawn.nnz == 0
 
 
-def test_draws_too_large_for_int32_are_held_not_wrapped():
-    model = negative_binomial(-3.0)
-    drawn = model.sample(torch.full((200, 1), 25.0), generator=seeded())
+def test_draws_too_large_for_int32_are_held_not_wrapped(way):
+    drawn = draw(negative_binomial(-3.0), torch.full((200, 1), 25.0))
     assert drawn.data.min() > 0
     assert drawn.data.max() == np.iinfo(np.int32).max
 
 
-def test_dispersion_of_the_group_shapes_the_draws():
+def test_dispersion_of_the_group_shapes_the_draws(way):
     model = negative_binomial(-1.0, 3.0)
     group = torch.arange(40_000) % 2
-    natural = torch.full((40_000, 1), float(np.log(2.0)))
-    drawn = model.sample(natural, group, generator=seeded()).toarray()
+    drawn = draw(model, torch.full((40_000, 1), float(np.log(2.0))), group).toarray()
     for code, log_theta in enumerate([-1.0, 3.0]):
         of_group = drawn[group.numpy() == code]
         assert chi_square_p(of_group, scipy_nb(2.0, np.exp(log_theta))) > ALPHA
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
-def test_draws_follow_the_generator_and_leave_global_state_alone(name):
+def test_draws_follow_the_generator_and_leave_global_state_alone(name, way):
     model, natural = make_likelihood(name, 6), mixed_block()[1][:50].clamp(min=-20.0)
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
-    first, again, other = (model.sample(natural, generator=seeded(s)) for s in (5, 5, 6))
+    first, again, other = (draw(model, natural, seed=s) for s in (5, 5, 6))
     dense = [x.toarray() if sparse.issparse(x) else x for x in (first, again, other)]
     np.testing.assert_array_equal(dense[0], dense[1])
     assert (dense[0] != dense[2]).any()
@@ -278,8 +298,9 @@ def test_means_are_a_composition_scaled_by_the_size_factor(name):
     mu = model.natural(output, torch.tensor([[7.0], [0.0]])).exp()
     np.testing.assert_allclose(mu.sum(dim=1), [np.exp(7.0), 1.0], rtol=1e-5)
     np.testing.assert_allclose(mu[0] / mu[0, 0], np.exp([0.0, 1.0, 2.0]), rtol=1e-5)
-    with pytest.raises(ValueError, match="needs the cells' size factors"):
-        model.natural(output, None)
+    for needy in (model.natural, partial(model.sample, generator=seeded())):
+        with pytest.raises(ValueError, match="needs the cells' size factors"):
+            needy(output, None)
 
 
 def test_counts_start_at_the_mean_profile_and_the_moment_dispersion():
@@ -382,7 +403,7 @@ def test_the_base_class_is_not_a_model():
     x, base = torch.zeros(1, 1), Likelihood()
     for call in (
         lambda: base.log_prob(x, x),
-        lambda: base.sample(x, generator=seeded()),
+        lambda: base.sample(x, x, generator=seeded()),
         lambda: base.initialise(np.ones(1), np.ones(1), np.ones(1)),
     ):
         with pytest.raises(TypeError, match="Likelihood is not a noise model by itself"):
