@@ -18,11 +18,11 @@ from unittest import mock
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
 from torch import Tensor
 
 from cfgen_augment import CFGen, flow, network, stages
 from cfgen_augment.counts import CellMatrix
-from cfgen_augment.draws import standard_gamma
 from cfgen_augment.flow import guided
 from cfgen_augment.likelihoods import NegativeBinomial
 from cfgen_augment.solver import make_solver
@@ -82,8 +82,8 @@ class Reference:
             self.model.fit(X, labels)
 
     @torch.inference_mode()
-    def generate(self, labels: NDArray, *, batch: int = 10_000, seed: int = 0) -> list[NDArray]:
-        """Dense counts of cells of the given types, batch by batch; its notebooks take 100."""
+    def generate(self, labels: NDArray, *, batch: int = 10_000, seed: int = 0) -> sparse.csr_matrix:
+        """Cells of the given types, drawn densely batch by batch; its notebooks take 100."""
         model = self.model
         terms = [(0.0, np.array([False])), (1.0, np.array([True]))]
         solver = make_solver("dopri5", 1, lambda: (_ for _ in ()).throw(RuntimeError))
@@ -101,7 +101,7 @@ class Reference:
                 log_mean = model.network_.autoencoder.decode(solver(velocity, noise), log_size)
                 noise_model = model.network_.autoencoder.likelihood
                 theta = cast(NegativeBinomial, noise_model).log_theta.exp()
-                rate = standard_gamma(theta.expand_as(log_mean), generator) / theta
+                rate = torch._standard_gamma(theta.expand_as(log_mean), generator=generator) / theta
                 counts = torch.poisson(rate * log_mean.exp(), generator=generator)
-                made.append(counts.numpy())
-        return made
+                made.append(sparse.csr_matrix(counts.numpy()))
+        return sparse.vstack(made, format="csr")

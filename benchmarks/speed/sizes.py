@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-
-from benchmarks.cost import measured
-from benchmarks.speed.stages import simulated_counts
-from cfgen_augment import CFGen
 
 _TRAINED_ON = 5_000
 

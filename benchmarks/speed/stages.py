@@ -84,10 +84,6 @@ def stage_table(X: sparse.csr_matrix, labels: NDArray, repeats: int) -> pd.DataF
             )
             model.network_.latents(torch.randn(len(codes[rows]), model.n_latent), velocity, solver)
 
-    def one_epoch(stage: int) -> Work:
-        epochs = (1, 0) if stage == 0 else (0, 1)
-        return lambda: _epochs(X, labels, epochs)
-
     generated = model.generate(labels, random_state=0)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "cells.h5ad"

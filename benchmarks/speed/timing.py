@@ -51,7 +51,11 @@ def interleaved(works: Mapping[str, Work], repeats: int) -> dict[str, Measured]:
                 seconds[name][repeat] = taken
     first = next(iter(seconds.values()))[:, 0]
     return {
-        name: Measured(*np.median(taken, axis=0), float(np.median(taken[:, 0] / first)))
+        name: Measured(
+            cpu=float(np.median(taken[:, 0])),
+            wall=float(np.median(taken[:, 1])),
+            ratio=float(np.median(taken[:, 0] / first)),
+        )
         for name, taken in seconds.items()
     }
 
