@@ -191,23 +191,21 @@ def train(
     progress = tqdm(range(max_epochs), desc=description, unit="epoch", disable=not verbose)
     for epoch in progress:
         module.train()
-        running = 0.0
-        n_batches = 0
+        losses: list[Tensor] = []  # not read before the epoch's end: a GPU need not be waited for
         for batch in minibatches(rows, schedule.batch_size, random):
             optimizer.zero_grad(set_to_none=True)
             value = loss(batch)
             value.backward()
-            nn.utils.clip_grad_norm_(module.parameters(), _CLIP_NORM)
+            nn.utils.clip_grad_norm_(module.parameters(), _CLIP_NORM, foreach=True)
             optimizer.step()
-            running += value.item()
-            n_batches += 1
+            losses.append(value.detach())
         annealing.step()
         module.eval()
         with torch.no_grad():
             validation = validate()
-        history.training.append(running / n_batches)
+        history.training.append(torch.stack(losses).double().mean().item())
         history.validation.append(validation)
-        if not (math.isfinite(running) and math.isfinite(validation)):
+        if not (math.isfinite(history.training[-1]) and math.isfinite(validation)):
             raise FloatingPointError(
                 f"{description}: expected a finite loss; got training {history.training[-1]} and "
                 f"validation {validation} in epoch {epoch}. Lower learning_rate, and check the "
