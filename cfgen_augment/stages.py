@@ -28,6 +28,18 @@ def block_rows(n_features: int) -> int:
     return min(max(_BLOCK_VALUES // n_features, 32), 1024)
 
 
+def autoencoder_optimizer(model: Autoencoder, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW over the network, and faster over the noise model's own parameters."""
+    network = [*model.encoder.parameters(), *model.decoder.parameters()]
+    parameters: list[dict[str, Any]] = [{"params": network, "lr": learning_rate}]
+    if own := list(model.likelihood.parameters()):
+        # At the network's rate the dispersion is still near its start when the mean has long
+        # converged, and synthetic cells come out too variable.
+        fast = learning_rate * _DISPERSION_SPEED
+        parameters.append({"params": own, "lr": fast, "weight_decay": 0.0})
+    return torch.optim.AdamW(parameters, weight_decay=1e-5, fused=True)
+
+
 def train_autoencoder(
     model: Autoencoder,
     X: CellMatrix,
@@ -78,19 +90,12 @@ def train_autoencoder(
         parts = list(minibatches(held_out, block_rows(X.shape[1])))
         return float(sum(loss(part) * len(part) for part in parts)) / len(held_out)
 
-    network = [*model.encoder.parameters(), *model.decoder.parameters()]
-    parameters: list[dict[str, Any]] = [{"params": network, "lr": schedule.learning_rate}]
-    if own := list(model.likelihood.parameters()):
-        # At the network's rate the dispersion is still near its start when the mean has long
-        # converged, and synthetic cells come out too variable.
-        fast = schedule.learning_rate * _DISPERSION_SPEED
-        parameters.append({"params": own, "lr": fast, "weight_decay": 0.0})
     return train(
         model,
         loss,
         validate,
         rows=rows,
-        optimizer=torch.optim.AdamW(parameters, weight_decay=1e-5, fused=True),
+        optimizer=autoencoder_optimizer(model, schedule.learning_rate),
         schedule=schedule,
         random=random,
         description="autoencoder",

@@ -16,7 +16,8 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 
 # From the foundations up: a room imports from rooms to its left only.
 ORDER = [
-    *("allocation", "counts", "attributes", "size_factors", "draws", "likelihoods", "autoencoder"),
+    *("allocation", "counts", "attributes", "size_factors", "draws"),
+    *("minibatch", "nb_loss", "likelihoods", "autoencoder"),
     *(
         "solver",
         "flow",

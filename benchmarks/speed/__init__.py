@@ -1,0 +1,1 @@
+"""How long the stages take, beside the least they could take."""
