@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import sparse, special
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cfgen_augment.likelihoods import LIKELIHOODS, Likelihood, NegativeBinomial, make_likelihood
 from cfgen_augment.minibatch import Minibatch
@@ -118,6 +119,34 @@ def test_a_count_where_the_mean_underflows_has_a_finite_loss():
     )
     loss.backward()
     assert output.grad[0, 1].item() == pytest.approx(-1.5, rel=1e-6)  # -x / 2 entries
+
+
+class EntriesSeen(TorchDispatchMode):
+    """How many entries go through each operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.entries = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if isinstance(out, torch.Tensor):
+            self.entries[name] = self.entries.get(name, 0) + out.numel()
+        return out
+
+
+def test_log_gammas_are_evaluated_where_there_are_counts_only():
+    X = sparse.random(40, 60, 0.1, random_state=0, data_rvs=np.ones)
+    output, log_size, log_theta, _ = inputs(40, 60, dtype=torch.float32)
+    with EntriesSeen() as seen:
+        nb_loss(batch(X.tocsr()), output, log_size, log_theta, None).backward()
+    assert 0 < seen.entries["lgamma"] <= 2 * X.nnz + 60
+    assert "digamma" not in seen.entries
+    # And the dense block goes through one transcendental function besides the softmax.
+    assert seen.entries["log1p"] <= 40 * 60 + X.nnz
+    assert seen.entries["_softmax"] == 40 * 60
+    assert seen.entries.get("exp", 0) <= 40 + 60
 
 
 def test_dispersion_outside_its_range_stays_put():
