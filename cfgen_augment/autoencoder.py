@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from cfgen_augment.likelihoods import Likelihood
+from cfgen_augment.minibatch import Minibatch
 
 
 def _mlp(widths: Sequence[int]) -> nn.Sequential:
@@ -62,8 +63,8 @@ class Autoencoder(nn.Module):
         return self.likelihood.natural(self.decoder(z), log_size)
 
     def negative_log_likelihood(
-        self, x: Tensor, log_size: Tensor | None, group: Tensor | None
+        self, x: Minibatch, log_size: Tensor | None, group: Tensor | None
     ) -> Tensor:
         """Mean over cells and features of ``-log p(x | decode(encode(x)), l)``, in nats."""
-        natural = self.decode(self.encode(x), log_size)
-        return -self.likelihood.log_prob(x, natural, group).mean()
+        output = self.decoder(self.encoder(x.dense(self.likelihood.encoder_input)))
+        return self.likelihood.loss(x, output, log_size, group)

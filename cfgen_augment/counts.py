@@ -150,6 +150,28 @@ def dense_rows(X: CellMatrix, rows: NDArray[np.integer] | slice) -> NDArray[np.f
     return np.ascontiguousarray(block, dtype=np.float32)
 
 
+def nonzeros(
+    X: CellMatrix, rows: NDArray[np.integer]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The non-zeros of some cells: places in the flattened block, ascending, and values.
+
+    Explicit zeros of CSR are left out, so that the same matrix gives the same in every container.
+    """
+    block = X[rows]
+    if not sparse.issparse(block):
+        flat = block.reshape(-1)
+        places = np.flatnonzero(flat)
+        return places, flat[places].astype(np.float32)
+    starts = np.arange(len(rows), dtype=np.int64) * X.shape[1]
+    places = np.repeat(starts, np.diff(block.indptr))
+    places += block.indices
+    values = block.data.astype(np.float32, copy=False)
+    if not values.all():
+        stored = values != 0
+        places, values = places[stored], values[stored]
+    return places, values
+
+
 def total_counts(X: CellMatrix) -> NDArray[np.float64]:
     """Total count of each cell, shape ``(n_cells,)``.
 

@@ -67,7 +67,7 @@ def drop_attributes(attributes: Tensor, dropout: float, generator: torch.Generat
 
 
 class _ResidualBlock(nn.Module):
-    """``x + W2 SiLU(W1 SiLU(x) + W_c SiLU(c))``, the last layer starting at zero."""
+    """``x + W2 SiLU(W1 SiLU(x) + W_c c)``, the last layer starting at zero."""
 
     def __init__(self, width: int, n_embedding: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class _ResidualBlock(nn.Module):
         self.outer = nn.Linear(width, width)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        h = self.inner(F.silu(x)) + self.condition(F.silu(condition))
+        h = self.inner(F.silu(x)) + self.condition(condition)
         out: Tensor = x + self.outer(F.silu(h))
         return out
 
@@ -166,7 +166,7 @@ class VelocityField(nn.Module):
 
     def at(self, z: Tensor, t: Tensor, embedded: Tensor) -> Tensor:
         """Velocity ``(n, n_latent)`` given what `embed` made of the conditions."""
-        condition = self.time(t) + embedded
+        condition = F.silu(self.time(t) + embedded)  # here, not in every block
         h = self.inlet(z)
         for block in self.blocks:
             h = block(h, condition)

@@ -21,6 +21,8 @@ from torch.nn import functional as F
 
 from cfgen_augment.counts import ValueKind
 from cfgen_augment.draws import draw_counts
+from cfgen_augment.minibatch import Minibatch
+from cfgen_augment.nb_loss import nb_loss
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ class Likelihood(nn.Module):
         raise TypeError(f"{type(self).__name__} is not a noise model by itself")
 
     def encoder_input(self, x: Tensor) -> Tensor:
-        """What the encoder sees: ``log(1 + x)`` for counts."""
+        """What the encoder sees: ``log(1 + x)`` for counts; of which zero must give zero."""
         return torch.log1p(x)
 
     def natural(self, output: Tensor, log_size: Tensor | None) -> Tensor:
@@ -68,6 +70,15 @@ class Likelihood(nn.Module):
     def log_prob(self, x: Tensor, natural: Tensor, group: Tensor | None = None) -> Tensor:
         """Log probability of every entry, shape ``(n, n_features)``."""
         raise TypeError(f"{type(self).__name__} is not a noise model by itself")
+
+    def loss(
+        self, x: Minibatch, output: Tensor, log_size: Tensor | None, group: Tensor | None = None
+    ) -> Tensor:
+        """Mean of ``-log_prob`` of a minibatch, from the decoder's output.
+
+        Noise models whose zeros need less work than their non-zeros say the same faster.
+        """
+        return -self.log_prob(x.dense(), self.natural(output, log_size), group).mean()
 
     def sample(
         self,
@@ -230,6 +241,13 @@ class NegativeBinomial(_Composition):
             - torch.lgamma(x + 1.0)
         )
 
+    def loss(
+        self, x: Minibatch, output: Tensor, log_size: Tensor | None, group: Tensor | None = None
+    ) -> Tensor:
+        """Mean of ``-log_prob``, see `Likelihood.loss`; in closed form for the zeros."""
+        log_theta = self.log_theta.clamp(*_LOG_THETA_RANGE)
+        return nb_loss(x, output, self._given(log_size), log_theta, self._row(group))
+
 
 class Poisson(_Composition):
     r"""Poisson counts with mean ``mu = softmax(output) * l``."""
@@ -237,6 +255,15 @@ class Poisson(_Composition):
     def log_prob(self, x: Tensor, natural: Tensor, group: Tensor | None = None) -> Tensor:
         """``x log mu - mu - log x!`` with ``natural = log mu``."""
         return x * natural - natural.exp() - torch.lgamma(x + 1.0)
+
+    def loss(
+        self, x: Minibatch, output: Tensor, log_size: Tensor | None, group: Tensor | None = None
+    ) -> Tensor:
+        """Mean of ``-log_prob``, see `Likelihood.loss`; the means of a cell add up to its size."""
+        log_size = self._given(log_size)
+        log_mean = x.gather(self.natural(output, log_size))
+        at_counts = x.values * log_mean - torch.lgamma(x.values + 1.0)
+        return (log_size.exp().sum() - at_counts.sum()) / output.numel()
 
 
 class Bernoulli(Likelihood):

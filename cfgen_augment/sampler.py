@@ -82,7 +82,7 @@ class CFGenSampler(BaseOverSampler):
         Width of the latent space.
     max_epochs : "auto", int or (int, int), default="auto"
         Most epochs of the autoencoder and the flow.
-    batch_size : int, default=256
+    batch_size : int, default=128
         Cells in a minibatch.
     learning_rate : float or (float, float), default=(2e-3, 4e-3)
         Learning rate of the autoencoder and the flow.
@@ -191,7 +191,7 @@ class CFGenSampler(BaseOverSampler):
         size_factor: str = "label",
         n_latent: int = 50,
         max_epochs: str | int | tuple[int, int] = "auto",
-        batch_size: int = 256,
+        batch_size: int = 128,
         learning_rate: float | tuple[float, float] = (2e-3, 4e-3),
         solver: str | None = None,
         n_steps: int | None = None,

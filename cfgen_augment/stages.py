@@ -14,6 +14,7 @@ from cfgen_augment.autoencoder import Autoencoder
 from cfgen_augment.counts import CellMatrix, dense_rows, feature_moments
 from cfgen_augment.flow import VelocityField, drop_attributes, flow_matching_loss
 from cfgen_augment.likelihoods import NegativeBinomial
+from cfgen_augment.minibatch import Minibatch
 from cfgen_augment.training import History, Schedule, initialise, minibatches, seeded, train
 
 _BLOCK_VALUES = 1 << 20  # dense entries that exist at a time outside of training
@@ -25,6 +26,18 @@ _VALIDATION_DRAWS = 4096  # noise and times on which the flow's held-out loss is
 def block_rows(n_features: int) -> int:
     """Cells that go through a network at a time outside of training, fewer if they are wide."""
     return min(max(_BLOCK_VALUES // n_features, 32), 1024)
+
+
+def autoencoder_optimizer(model: Autoencoder, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW over the network, and faster over the noise model's own parameters."""
+    network = [*model.encoder.parameters(), *model.decoder.parameters()]
+    parameters: list[dict[str, Any]] = [{"params": network, "lr": learning_rate}]
+    if own := list(model.likelihood.parameters()):
+        # At the network's rate the dispersion is still near its start when the mean has long
+        # converged, and synthetic cells come out too variable.
+        fast = learning_rate * _DISPERSION_SPEED
+        parameters.append({"params": own, "lr": fast, "weight_decay": 0.0})
+    return torch.optim.AdamW(parameters, weight_decay=1e-5, fused=True)
 
 
 def train_autoencoder(
@@ -67,7 +80,7 @@ def train_autoencoder(
     group_codes = torch.as_tensor(groups)
 
     def loss(batch: NDArray[np.intp]) -> Tensor:
-        x = torch.from_numpy(dense_rows(X, batch)).to(device)
+        x = Minibatch.of(X, batch, model.likelihood.values, device)
         at = torch.from_numpy(batch)
         return model.negative_log_likelihood(
             x, log_totals[at].to(device), group_codes[at].to(device)
@@ -75,21 +88,14 @@ def train_autoencoder(
 
     def validate() -> float:
         parts = list(minibatches(held_out, block_rows(X.shape[1])))
-        return sum(loss(part).item() * len(part) for part in parts) / len(held_out)
+        return float(sum(loss(part) * len(part) for part in parts)) / len(held_out)
 
-    network = [*model.encoder.parameters(), *model.decoder.parameters()]
-    parameters: list[dict[str, Any]] = [{"params": network, "lr": schedule.learning_rate}]
-    if own := list(model.likelihood.parameters()):
-        # At the network's rate the dispersion is still near its start when the mean has long
-        # converged, and synthetic cells come out too variable.
-        fast = schedule.learning_rate * _DISPERSION_SPEED
-        parameters.append({"params": own, "lr": fast, "weight_decay": 0.0})
     return train(
         model,
         loss,
         validate,
         rows=rows,
-        optimizer=torch.optim.AdamW(parameters, weight_decay=1e-5),
+        optimizer=autoencoder_optimizer(model, schedule.learning_rate),
         schedule=schedule,
         random=random,
         description="autoencoder",
@@ -187,7 +193,7 @@ def train_flow(
         generator = torch.Generator(device).manual_seed(validation_seed)
         repeated = np.tile(held_out, -(-_VALIDATION_DRAWS // len(held_out)))
         parts = list(minibatches(repeated, _VALIDATION_DRAWS))
-        return sum(loss_with(p, generator).item() * len(p) for p in parts) / len(repeated)
+        return float(sum(loss_with(p, generator) * len(p) for p in parts)) / len(repeated)
 
     return train(
         field,
@@ -195,7 +201,7 @@ def train_flow(
         validate,
         rows=rows,
         optimizer=torch.optim.AdamW(
-            field.parameters(), lr=schedule.learning_rate, weight_decay=1e-6
+            field.parameters(), lr=schedule.learning_rate, weight_decay=1e-6, fused=True
         ),
         schedule=schedule,
         random=random,

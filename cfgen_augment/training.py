@@ -136,6 +136,20 @@ def minibatches(
     yield from np.array_split(rows, n_batches)
 
 
+def annealed(epoch: int, max_epochs: int) -> float:
+    """Learning rate of an epoch, relative: half a cosine from one to zero over `max_epochs`."""
+    return 0.5 * (1.0 + math.cos(math.pi * epoch / max_epochs))
+
+
+def descend(module: nn.Module, loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    """One optimiser step along the clipped gradient of `loss`; returns its value, on its device."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(module.parameters(), _CLIP_NORM, foreach=True)
+    optimizer.step()
+    return loss.detach()
+
+
 def train(
     module: nn.Module,
     loss: Callable[[NDArray[np.intp]], Tensor],
@@ -150,7 +164,7 @@ def train(
 ) -> History:
     """Minimise `loss` over minibatches, stop early, and restore the best weights.
 
-    The learning rate follows half a cosine from its start to zero over `max_epochs`.
+    The learning rate follows `annealed`.
 
     Parameters
     ----------
@@ -183,7 +197,7 @@ def train(
     """
     max_epochs = schedule.max_epochs
     annealing = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda epoch: 0.5 * (1.0 + math.cos(math.pi * epoch / max_epochs))
+        optimizer, lambda epoch: annealed(epoch, max_epochs)
     )
     history = History()
     best = math.inf
@@ -191,23 +205,18 @@ def train(
     progress = tqdm(range(max_epochs), desc=description, unit="epoch", disable=not verbose)
     for epoch in progress:
         module.train()
-        running = 0.0
-        n_batches = 0
-        for batch in minibatches(rows, schedule.batch_size, random):
-            optimizer.zero_grad(set_to_none=True)
-            value = loss(batch)
-            value.backward()
-            nn.utils.clip_grad_norm_(module.parameters(), _CLIP_NORM)
-            optimizer.step()
-            running += value.item()
-            n_batches += 1
+        # Losses are not read before the epoch's end: the host need not wait for a GPU.
+        losses = [
+            descend(module, loss(batch), optimizer)
+            for batch in minibatches(rows, schedule.batch_size, random)
+        ]
         annealing.step()
         module.eval()
         with torch.no_grad():
             validation = validate()
-        history.training.append(running / n_batches)
+        history.training.append(torch.stack(losses).double().mean().item())
         history.validation.append(validation)
-        if not (math.isfinite(running) and math.isfinite(validation)):
+        if not (math.isfinite(history.training[-1]) and math.isfinite(validation)):
             raise FloatingPointError(
                 f"{description}: expected a finite loss; got training {history.training[-1]} and "
                 f"validation {validation} in epoch {epoch}. Lower learning_rate, and check the "

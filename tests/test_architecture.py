@@ -17,7 +17,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 # From the foundations up: a room imports from rooms to its left only.
 ORDER = [
     *("allocation", "counts", "attributes", "size_factors"),
-    *("sweep", "draws", "likelihoods", "autoencoder"),
+    *("minibatch", "nb_loss", "sweep", "draws", "likelihoods", "autoencoder"),
     *(
         "solver",
         "flow",

@@ -44,7 +44,7 @@ def run_page(tmp_path, monkeypatch):
     """Execute a page from top to bottom on simulated cells; models trained by each block."""
     cells = simulate({"B": 80, "NK": 30, "T": 58})
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(model, "_AUTO_EPOCHS", ((1, 1, 1), (1, 1, 1)))
+    monkeypatch.setattr(model, "_AUTO_EPOCHS", ((1, 1, 1, 1), (1, 1, 1, 1)))
     fit, trained = CFGen.fit, []
     monkeypatch.setattr(CFGen, "fit", lambda *a, **k: (trained.append(a), fit(*a, **k))[1])
 

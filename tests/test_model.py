@@ -298,6 +298,20 @@ def test_patience_leaves_room_to_stop_early(patience, epochs, expected):
     assert tuple(schedule.patience for schedule in schedules) == expected
 
 
+@pytest.mark.parametrize(
+    ("n_rows", "autoencoder", "flow"),
+    [
+        pytest.param(100, 100, 300, id="tiny"),  # a minibatch an epoch: enough of them
+        pytest.param(1_000, 24, 100, id="small"),  # epochs: more would overfit
+        pytest.param(6_400, 20, 48, id="usual"),  # minibatches
+        pytest.param(128_000, 10, 20, id="large"),  # epochs: every cell is seen often enough
+    ],
+)
+def test_automatic_epochs(n_rows, autoencoder, flow):
+    schedules = CFGen()._schedules(n_rows)
+    assert tuple(schedule.max_epochs for schedule in schedules) == (autoencoder, flow)
+
+
 def test_features_with_a_large_offset_keep_their_spread():
     rng = np.random.default_rng(0)
     X = np.column_stack([rng.normal(1e4, 0.5, 300), rng.normal(0.0, 1.0, 300)])

@@ -346,7 +346,7 @@ def test_mixup_never_holds_more_molecules_than_a_pair():
 
 
 def test_cfgen_is_the_sampler_at_its_defaults(monkeypatch):
-    monkeypatch.setattr(model, "_AUTO_EPOCHS", ((2, 1, 2), (2, 1, 2)))
+    monkeypatch.setattr(model, "_AUTO_EPOCHS", ((2, 1, 2, 1), (2, 1, 2, 1)))
     sizes, to_add = {"B": 40, "NK": 8, "T": 20}, {"NK": 30, "T": 10}
     training = make(sizes, to_add, seed=3)
     totals = {name: n + to_add.get(name, 0) for name, n in sizes.items()}

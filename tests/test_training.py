@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cfgen_augment.training import (
     Schedule,
@@ -147,6 +148,38 @@ def test_early_stopping_restores_the_best_weights(validation, patience, epochs, 
     assert run.module.weight.item() == pytest.approx(annealed(best + 1, len(validation)))
     assert run.modes == [True, False] * epochs
     assert not run.module.training
+
+
+class HostReads(TorchDispatchMode):
+    """How often a number leaves its tensor, for which a host waits if that is on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ == "_local_scalar_dense"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_reads_losses_once_an_epoch_however_many_batches():
+    def reads(n_cells):
+        module = nn.Linear(1, 1)
+        with HostReads() as host:
+            train(
+                module,
+                lambda batch: module(torch.ones(len(batch), 1)).square().mean(),
+                lambda: 1.0,
+                rows=np.arange(n_cells),
+                optimizer=torch.optim.AdamW(module.parameters(), fused=True),
+                schedule=Schedule(0.0, 3, 8, 10),
+                random=np.random.default_rng(0),
+                description="flow",
+                verbose=False,
+            )
+        return host.count
+
+    assert reads(8) == reads(800) == 3
 
 
 def test_buffers_are_restored_with_the_weights():

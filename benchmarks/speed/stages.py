@@ -84,7 +84,7 @@ def stage_table(X: sparse.csr_matrix, labels: NDArray, repeats: int) -> pd.DataF
             )
             model.network_.latents(torch.randn(len(codes[rows]), model.n_latent), velocity, solver)
 
-    generated = model.generate(labels, random_state=0)
+    generated = sparse.csr_matrix(model.generate(labels, random_state=0))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "cells.h5ad"
         anndata.AnnData(X, obs=pd.DataFrame({"cell_type": labels})).write_h5ad(file)
