@@ -1,0 +1,1 @@
+"""Benchmarks for asv: ``asv run --config benchmarks/speed/asv.conf.json``."""
