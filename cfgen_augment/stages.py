@@ -24,8 +24,11 @@ _VALIDATION_DRAWS = 4096  # noise and times on which the flow's held-out loss is
 
 
 def block_rows(n_features: int) -> int:
-    """Cells that go through a network at a time outside of training, fewer if they are wide."""
-    return min(max(_BLOCK_VALUES // n_features, 32), 1024)
+    """Cells that go through a network at a time outside of training, fewer if they are wide.
+
+    Not so few that the decoder's weights, megabytes at whole-genome width, are read for nothing.
+    """
+    return min(max(_BLOCK_VALUES // n_features, 256), 1024)
 
 
 def autoencoder_optimizer(model: Autoencoder, learning_rate: float) -> torch.optim.AdamW:

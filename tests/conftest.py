@@ -52,7 +52,9 @@ def cells() -> Cells:
 @pytest.fixture(scope="session")
 def trained(cells: Cells) -> CFGen:
     """A model of `cells` trained enough to tell the types apart, with donors."""
-    return CFGen(n_latent=8, max_epochs=(60, 150), random_state=0, device="cpu").fit(
+    # Epochs of one minibatch each.
+    model = CFGen(n_latent=8, max_epochs=(60, 150), batch_size=256, random_state=0, device="cpu")
+    return model.fit(
         cells.X,
         cells.labels,
         covariates={"donor": cells.donors},

@@ -83,20 +83,10 @@ def test_the_command_prints_its_tables(tmp_path, monkeypatch, capsys):
     adata = anndata.AnnData(made.X.astype(np.float32))
     adata.obs["cell_type"] = np.where(made.labels == 0, "a", "b")
     adata.write_h5ad(tmp_path / "cells.h5ad")
-    monkeypatch.setattr(
-        "sys.argv",
-        [
-            *("training_curve", "--data", str(tmp_path / "cells.h5ad"), "--cells", "80"),
-            *("--rounds", "1", "--seeds", "1", "--reference-epochs", "3"),
-        ],
-    )
+    options = ["--cells", "80", "--rounds", "1", "--seeds", "1", "--reference-epochs", "3"]
+    path = str(tmp_path / "cells.h5ad")
+    monkeypatch.setattr("sys.argv", ["training_curve", "--data", path, *options])
     training_curve.main()
     printed = capsys.readouterr().out
-    for word in (
-        "products ms",
-        "held-out",
-        "80 cells of cells.h5ad",
-        "| present |",
-        "| reference |",
-    ):
+    for word in ("products ms", "held-out", "80 cells of cells.h5ad", "present", "reference"):
         assert word in printed
