@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -147,6 +148,8 @@ def train(
     random: np.random.Generator,
     description: str,
     verbose: bool,
+    groups: Callable[[NDArray[np.intp], np.random.Generator], Iterable[NDArray[np.intp]]]
+    | None = None,
 ) -> History:
     """Minimise `loss` over minibatches, stop early, and restore the best weights.
 
@@ -170,6 +173,9 @@ def train(
         Shuffles the rows.
     description, verbose
         Name and switch of the progress bar.
+    groups
+        Cuts the rows into groups, anew for every epoch, each of which is shuffled and cut into
+        minibatches in turn; None makes all rows one group. See `stored.buffers`.
 
     Returns
     -------
@@ -193,7 +199,9 @@ def train(
         module.train()
         running = 0.0
         n_batches = 0
-        for batch in minibatches(rows, schedule.batch_size, random):
+        parts = [rows] if groups is None else groups(rows, random)
+        batches = (minibatches(part, schedule.batch_size, random) for part in parts)
+        for batch in itertools.chain.from_iterable(batches):
             optimizer.zero_grad(set_to_none=True)
             value = loss(batch)
             value.backward()

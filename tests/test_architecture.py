@@ -16,7 +16,16 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 
 # From the foundations up: a room imports from rooms to its left only.
 ORDER = [
-    *("allocation", "counts", "attributes", "size_factors", "draws", "likelihoods", "autoencoder"),
+    *(
+        "allocation",
+        "stored",
+        "counts",
+        "attributes",
+        "size_factors",
+        "draws",
+        "likelihoods",
+        "autoencoder",
+    ),
     *(
         "solver",
         "flow",
@@ -28,12 +37,14 @@ ORDER = [
         "saved",
         "model",
     ),
-    *("annotated", "sampler", "augmentation", "cli"),
+    *("annotated", "sampler", "files", "augmentation", "cli"),
 ]
 ADAPTERS = {
     "sklearn": {"sampler"},
     "imblearn": {"sampler"},
-    "anndata": {"annotated", "cli"},
+    "anndata": {"annotated", "files", "cli"},
+    "h5py": {"files"},
+    "zarr": {"files"},
     "pandas": {"annotated", "augmentation"},
     "torchdyn": {"solver"},
 }

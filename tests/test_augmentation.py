@@ -13,8 +13,8 @@ import pytest
 from scipy import sparse
 
 from cfgen_augment import CFGen, __version__, augment
-from cfgen_augment.annotated import read_h5ad, write_h5ad
 from cfgen_augment.augmentation import summary
+from cfgen_augment.files import read_h5ad
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dropped what does not hold:UserWarning")
 
@@ -378,7 +378,7 @@ def test_seed_on_file_repeats_the_result(adata, tmp_path):
     file = tmp_path / "augmented.h5ad"
     options = {"donor_key": "donor", "max_epochs": 1, "target_size": 180}
     first = augment(adata, "cell_type", **options)
-    write_h5ad(first, file)
+    first.write_h5ad(file)
     record = read_h5ad(file).uns["cfgen_augment"]
     again = augment(adata, "cell_type", **options, random_state=record["seed"])
     np.testing.assert_array_equal(dense(again.X), dense(first.X))
@@ -396,7 +396,7 @@ def test_result_survives_a_file(adata, model, tmp_path, strategy):
         adata, "cell_type", sampling_strategy=strategy, generator=model, guidance={"donor": 2.0}
     )
     expected = copy.deepcopy(result)
-    write_h5ad(result, file)
+    result.write_h5ad(file)
     found = read_h5ad(file)
     np.testing.assert_array_equal(dense(found.X), dense(expected.X))
     assert list(found.obs_names) == list(expected.obs_names)
