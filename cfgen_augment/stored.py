@@ -196,7 +196,9 @@ class StoredCells:
         self, rows: NDArray[np.intp], random: np.random.Generator
     ) -> Iterator[NDArray[np.intp]]:
         """Training rows, a buffer at a time; see the function `buffers`."""
-        n_buffers = math.ceil(len(rows) / self._buffer_rows)
+        # No run, and so no buffer, has a single row: batch norm could not train on one.
+        most = max(len(rows) // 2, 1)
+        n_buffers = min(math.ceil(len(rows) / self._buffer_rows), most)
         n_runs = max(len(rows) // self._run_rows, n_buffers)
         runs = np.array_split(rows, n_runs)
         if n_buffers == 1:
