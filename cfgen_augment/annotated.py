@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from cfgen_augment.counts import CellMatrix, append_rows
-from cfgen_augment.stored import StoredCells, as_stored, in_order
+from cfgen_augment.stored import StoredCells, as_stored, in_order, rows_with
 
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
 SYNTHETIC = "is_synthetic"
-_COMPARED_ROWS = 4096  # rows of two layers compared at a time
+_COMPARED_VALUES = 1 << 20  # values of two layers compared at a time
 
 
 def is_anndata(X: object) -> TypeGuard[AnnData]:
@@ -228,7 +228,10 @@ def _equal(matrix: CellMatrix, counts: CellMatrix) -> bool:
         if sparse.issparse(matrix):
             return matrix.nnz == counts.nnz and (matrix != counts).nnz == 0
         return bool(np.array_equal(matrix, counts))
-    pairs = zip(in_order(matrix, _COMPARED_ROWS), in_order(counts, _COMPARED_ROWS), strict=True)
+    if is_sparse(matrix) and matrix.nnz != counts.nnz:
+        return False
+    n_rows = rows_with(counts, _COMPARED_VALUES)
+    pairs = zip(in_order(matrix, n_rows), in_order(counts, n_rows), strict=True)
     return all(_equal(left, right) for (_, left), (_, right) in pairs)
 
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
-_COPIED_ROWS = 4096  # real cells copied from file to file at a time
-
 
 def augment(
     adata: AnnData,
@@ -286,7 +284,7 @@ def augment_file(
         if dropped:
             warnings.warn(dropped, UserWarning, stacklevel=2)
         cells = itertools.chain(
-            (block for _, block in in_order(real, _COPIED_ROWS)),
+            (block for _, block in in_order(real)),
             (rows_like(b, real.dtype, is_sparse=annotated.is_sparse(real)) for b in blocks),
         )
         files.write(result, place, cells, layers, named=Path(output))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from cfgen_augment.stored import StoredCells, Survey, as_stored, broken, in_order
+from cfgen_augment.stored import StoredCells, Survey, as_stored, broken, in_order, rows_with
 
 # An ndarray, a CSR matrix or array, or `StoredCells`. SciPy has no type that covers its sparse
 # containers.
@@ -105,7 +105,7 @@ def _survey(X: StoredCells, kind: ValueKind, name: str) -> Survey:
     """Check the values, and sum them up on the way."""
     totals = np.empty(X.shape[0])
     moments = _Moments(X.shape[1])
-    for rows, block in in_order(X, _scan_rows(X)):
+    for rows, block in in_order(X, rows_with(X, _SCAN)):
         _check_values(block.data if sparse.issparse(block) else block, kind, name)
         totals[rows] = _row_sums(block)
         moments.add(block)
@@ -177,7 +177,7 @@ def total_counts(X: CellMatrix) -> NDArray[np.float64]:
     """
     if isinstance(X, StoredCells) and X.survey is not None:
         return np.maximum(X.survey.totals, 1.0)
-    totals = [_row_sums(block) for _, block in in_order(X, _scan_rows(X))]
+    totals = [_row_sums(block) for _, block in in_order(X, rows_with(X, _SCAN))]
     return np.maximum(np.concatenate(totals), 1.0)
 
 
@@ -186,18 +186,9 @@ def feature_moments(X: CellMatrix) -> tuple[NDArray[np.float64], NDArray[np.floa
     if isinstance(X, StoredCells) and X.survey is not None:
         return X.survey.mean, X.survey.variance
     moments = _Moments(X.shape[1])
-    for _, block in in_order(X, _scan_rows(X)):
+    for _, block in in_order(X, rows_with(X, _SCAN)):
         moments.add(block)
     return moments.mean, moments.variance
-
-
-def _scan_rows(X: CellMatrix) -> int:
-    """Rows with some `_SCAN` values, so that a scan's temporaries do not grow with the cells."""
-    if isinstance(X, StoredCells):
-        per_row = X.values_per_row
-    else:
-        per_row = (X.nnz if sparse.issparse(X) else X.size) / max(X.shape[0], 1)
-    return max(int(_SCAN / max(per_row, 1.0)), 1)
 
 
 def _row_sums(block: CellMatrix) -> NDArray[np.float64]:

@@ -261,9 +261,9 @@ def _write_annotation(adata: AnnData, path: Path, stack: contextlib.ExitStack) -
             warnings.filterwarnings("ignore", "Writing zarr v2", UserWarning)
             adata.write_zarr(path)
         # anndata gathers the metadata in one place, where arrays to come would be missing.
-        options: dict[str, Any] = (
-            {} if zarr.__version__.startswith("2.") else {"use_consolidated": False}
-        )
+        options: dict[str, Any] = {"use_consolidated": False}
+        if zarr.__version__.startswith("2."):
+            options = {}
         stack.callback(zarr.consolidate_metadata, str(path))
         return zarr.open_group(str(path), mode="r+", **options)
     import h5py

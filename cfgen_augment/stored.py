@@ -114,11 +114,9 @@ class StoredCells:
             raise broken("X", "csr", "indptr does not fit the values")
 
     @property
-    def values_per_row(self) -> float:
-        """Stored values per cell, on average; at least one."""
-        if self.indptr is None:
-            return float(self.shape[1])
-        return max(self.indptr[-1] / max(self.shape[0], 1), 1.0)
+    def nnz(self) -> int:
+        """Number of stored values, zeros of a dense array included."""
+        return math.prod(self.shape) if self.indptr is None else int(self.indptr[-1])
 
     def _attempt(self, read: Callable[[], Any]) -> Any:
         """What `read` returns, its failures in one kind of error that names the file."""
@@ -215,14 +213,14 @@ class StoredCells:
 
     @property
     def _buffer_rows(self) -> int:
-        return max(int(_BUFFER_VALUES / self.values_per_row), 2)
+        return max(rows_with(self, _BUFFER_VALUES), 2)
 
     @property
     def _run_rows(self) -> int:
         """Consecutive rows to read at a time in shuffled reading."""
         chunks = getattr(self._values, "chunks", None) or (1,)
-        per_chunk = chunks[0] if self.indptr is None else chunks[0] / self.values_per_row
-        wanted = max(_CHUNK_ROWS, math.ceil(_FILE_CHUNKS * per_chunk))
+        per_chunk = chunks[0] if self.indptr is None else rows_with(self, chunks[0])
+        wanted = max(_CHUNK_ROWS, _FILE_CHUNKS * per_chunk)
         return max(min(wanted, self._buffer_rows // _RUNS_PER_BUFFER), 2)
 
     def keeping(self, rows: NDArray[np.intp]) -> StoredCells:
@@ -262,8 +260,18 @@ def as_stored(X: object) -> StoredCells | None:
     return StoredCells(X) if on_disk and len(getattr(X, "shape", ())) == 2 else None
 
 
-def in_order(X: Any, n_rows: int) -> Iterator[tuple[slice, Any]]:
-    """All cells of a matrix, `n_rows` at a time: which rows, and the rows in memory."""
+def rows_with(X: Any, n_values: int) -> int:
+    """Rows that store some `n_values` values, on average; at least one."""
+    n_stored = X.size if isinstance(X, np.ndarray) else X.nnz
+    return max(int(n_values * X.shape[0] / max(n_stored, X.shape[0], 1)), 1)
+
+
+def in_order(X: Any, n_rows: int | None = None) -> Iterator[tuple[slice, Any]]:
+    """All cells of a matrix, `n_rows` at a time: which rows, and the rows in memory.
+
+    None takes as many as memory should hold at a time.
+    """
+    n_rows = rows_with(X, _BUFFER_VALUES) if n_rows is None else n_rows
     if isinstance(X, StoredCells):
         yield from X.in_order(n_rows)
         return
