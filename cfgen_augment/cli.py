@@ -31,12 +31,16 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     made = argparse.ArgumentParser(
         prog="cfgen-augment",
-        description="Add generated cells to an h5ad file of raw counts, rare types first.",
+        description="Add generated cells to a file of raw counts, rare types first.",
         epilog=_EPILOG,
         allow_abbrev=False,
     )
-    made.add_argument("input", metavar="IN.h5ad", type=Path, help="real cells with raw counts")
-    made.add_argument("output", metavar="OUT.h5ad", type=Path, help="where to write the result")
+    made.add_argument(
+        "input", metavar="IN.h5ad", type=Path, help="real cells with raw counts; h5ad or zarr"
+    )
+    made.add_argument(
+        "output", metavar="OUT.h5ad", type=Path, help="where to write the result; .h5ad or .zarr"
+    )
     made.add_argument("--label-key", required=True, metavar="KEY", help="column of obs with types")
     made.add_argument("--donor-key", metavar="KEY", help="column of obs to condition on as well")
     made.add_argument("--batch-key", metavar="KEY", help="column of obs to condition on as well")

@@ -198,6 +198,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def _writing(path: Path) -> Iterator[None]:
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:  # anndata, h5py and zarr raise a dozen kinds
         raise OSError(f"{path}: could not be written ({error}).") from error
 
@@ -234,7 +236,8 @@ def write(
     named = path if named is None else named
     with contextlib.ExitStack() as stack:
         with _writing(named):
-            store = _write_annotation(annotation, path, stack)
+            _write_in_memory(annotation, path)
+            store = _open_to_write(path, stack)
             places = [(store, "X"), *((store["layers"], name) for name in layers)]
             growing = [_Growing(*place) for place in places]
         for block in _gathered(blocks):
@@ -245,31 +248,45 @@ def write(
             for matrix in growing:
                 matrix.finish()
             stack.close()  # what is still to be flushed may find the disk full
+            if path.suffix == ".zarr":
+                _consolidate(path)
 
 
 def write_whole(adata: AnnData, path: Path, *, named: Path) -> None:
     """Write AnnData that are in memory."""
-    with _writing(named), contextlib.ExitStack() as stack:
-        _write_annotation(adata, path, stack)
+    with _writing(named):
+        _write_in_memory(adata, path)
 
 
-def _write_annotation(adata: AnnData, path: Path, stack: contextlib.ExitStack) -> Any:
-    if path.suffix == ".zarr":
-        import zarr
+def _write_in_memory(adata: AnnData, path: Path) -> None:
+    if path.suffix == ".h5ad":
+        adata.write_h5ad(path, **_COMPRESSION)
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Writing zarr v2", UserWarning)
+        adata.write_zarr(path)
 
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Writing zarr v2", UserWarning)
-            adata.write_zarr(path)
-        # anndata gathers the metadata in one place, where arrays to come would be missing.
-        options: dict[str, Any] = {"use_consolidated": False}
-        if zarr.__version__.startswith("2."):
-            options = {}
-        stack.callback(zarr.consolidate_metadata, str(path))
-        return zarr.open_group(str(path), mode="r+", **options)
-    import h5py
 
-    adata.write_h5ad(path, **_COMPRESSION)
-    return stack.enter_context(h5py.File(path, "r+"))
+def _open_to_write(path: Path, stack: contextlib.ExitStack) -> Any:
+    if path.suffix == ".h5ad":
+        import h5py
+
+        return stack.enter_context(h5py.File(path, "r+"))
+    import zarr
+
+    # anndata gathered the metadata in one place, where the arrays to come are missing.
+    options: dict[str, Any] = {"use_consolidated": False}
+    if zarr.__version__.startswith("2."):
+        options = {}
+    return zarr.open_group(str(path), mode="r+", **options)
+
+
+def _consolidate(path: Path) -> None:
+    import zarr
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Consolidated metadata", UserWarning)
+        zarr.consolidate_metadata(str(path))
 
 
 def _gathered(blocks: Iterable[CellMatrix]) -> Iterator[CellMatrix]:

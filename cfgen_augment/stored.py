@@ -60,7 +60,7 @@ class _Held:
     def find(self, rows: NDArray[np.integer]) -> Any | None:
         """The cells `rows`, or None if not all of them are here."""
         at = np.searchsorted(self.rows, rows)
-        if len(rows) and (at[-1] >= len(self.rows) or at.max() >= len(self.rows)):
+        if len(rows) and at.max() >= len(self.rows):
             return None
         return self.cells[at] if np.array_equal(self.rows[at], rows) else None
 
