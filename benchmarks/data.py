@@ -68,7 +68,7 @@ def load(path: str) -> AnnData:
     """Read an h5ad file, or the packaged counts if `path` is ``"demo"``."""
     if path == "demo":
         return demo_counts()
-    from cfgen_augment.annotated import read_h5ad
+    from cfgen_augment.files import read_h5ad
 
     return read_h5ad(Path(path))
 

@@ -1,7 +1,7 @@
 """Augment rare cell types with CFGen: raw counts in, raw counts out.
 
-`CFGenSampler` is an imbalanced-learn sampler, `augment` works on AnnData, and `CFGen` is the
-generative model behind both, on arrays.
+`CFGenSampler` is an imbalanced-learn sampler, `augment` works on AnnData, `augment_file` from file
+to file, and `CFGen` is the generative model behind them, on arrays.
 """
 
 from __future__ import annotations
@@ -10,14 +10,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cfgen_augment.augmentation import augment
+    from cfgen_augment.augmentation import augment, augment_file
     from cfgen_augment.model import CFGen
     from cfgen_augment.sampler import CFGenSampler
 
 __version__ = "0.1.0"
-__all__ = ["CFGen", "CFGenSampler", "augment"]
+__all__ = ["CFGen", "CFGenSampler", "augment", "augment_file"]
 
-_HOME = {"CFGen": "model", "CFGenSampler": "sampler", "augment": "augmentation"}
+_HOME = {
+    "CFGen": "model",
+    "CFGenSampler": "sampler",
+    "augment": "augmentation",
+    "augment_file": "augmentation",
+}
 
 
 def __getattr__(name: str) -> Any:

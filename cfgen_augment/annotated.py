@@ -1,14 +1,11 @@
-"""AnnData: taking counts out, adding cells, reading and writing. The only file that knows it."""
+"""AnnData: taking counts out and adding cells. With `files`, the only room that knows it."""
 
 from __future__ import annotations
 
 import copy
-import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
@@ -16,12 +13,14 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from cfgen_augment.counts import CellMatrix, append_rows
+from cfgen_augment.stored import StoredCells, as_stored, in_order, rows_with
 
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
 SYNTHETIC = "is_synthetic"
+_COMPARED_VALUES = 1 << 20  # values of two layers compared at a time
 
 
 def is_anndata(X: object) -> TypeGuard[AnnData]:
@@ -36,7 +35,10 @@ def _existing(names: Any) -> str:
 
 
 def counts(adata: AnnData, layer: str | None) -> CellMatrix:
-    """The matrix to learn from: ``X``, or a layer; in memory, not copied if it is already.
+    """The matrix to learn from: ``X``, or a layer.
+
+    Not copied if it is in memory, left on disk if its rows can be read there (CSR and dense),
+    and read into memory otherwise.
 
     Raises
     ------
@@ -55,9 +57,11 @@ def counts(adata: AnnData, layer: str | None) -> CellMatrix:
             f"X: expected raw counts; got no X at all. Pass layer=, one of: "
             f"{_existing(adata.layers)}."
         )
-    if adata.isbacked or not (isinstance(matrix, np.ndarray) or sparse.issparse(matrix)):
-        matrix = matrix.to_memory() if hasattr(matrix, "to_memory") else matrix[:]
-    return matrix
+    if isinstance(matrix, np.ndarray) or sparse.issparse(matrix):
+        return matrix
+    if getattr(matrix, "format", "csr") == "csr" and (stored := as_stored(matrix)) is not None:
+        return stored
+    return matrix.to_memory() if hasattr(matrix, "to_memory") else matrix[:]
 
 
 def obs_column(adata: AnnData, key: str, role: str) -> pd.Series:
@@ -140,12 +144,51 @@ def append_cells(
     ValueError
         If names of cells are not unique, or `key` is already taken.
     """
+    check_extendable(adata, key)
+    real = counts(adata, layer)
+    result, layers, dropped = extended(adata, real, new.shape[0], layer, key=key, columns=columns)
+    matrix = real.to_memory() if isinstance(real, StoredCells) else real
+    result.X = append_rows(matrix, new)
+    for k in layers:
+        result.layers[k] = result.X.copy()  # normalising X in place must not change the counts
+    if dropped:
+        warnings.warn(dropped, UserWarning, stacklevel=3)
+    return result
+
+
+def extended(
+    adata: AnnData,
+    real: CellMatrix,
+    n_new: int,
+    layer: str | None,
+    *,
+    key: str,
+    columns: Mapping[str, NDArray] | None = None,
+) -> tuple[AnnData, list[str], str]:
+    """The result of `append_cells` but for its matrices.
+
+    Parameters
+    ----------
+    adata, layer, key, columns
+        As in `append_cells`.
+    real
+        The counts of the real cells, ``(n_obs, n_vars)``.
+    n_new
+        Number of generated cells.
+
+    Returns
+    -------
+    result : AnnData
+        obs, var, varm, varp and uns; no ``X`` and no layers.
+    layers : list of str
+        Layers that are to hold what ``X`` will.
+    dropped : str
+        What to warn about; empty if nothing was dropped.
+    """
     import anndata
 
     check_extendable(adata, key)
-    real = counts(adata, layer)
-    stacked = append_rows(real, new)
-    obs = _extended_obs(adata, stacked.shape[0] - adata.n_obs, key, columns or {})
+    obs = _extended_obs(adata, n_new, key, columns or {})
     stale = [
         k for k, v in adata.uns.items() if isinstance(v, Mapping) and "connectivities_key" in v
     ]
@@ -153,37 +196,43 @@ def append_cells(
         stale.append("log1p")  # what scanpy would warn about, now that X holds counts
     kept = [k for k in adata.layers if k == layer or _equal(counts(adata, k), real)]
     result = anndata.AnnData(
-        X=stacked,
         obs=obs,
         var=adata.var.copy(),
         uns=copy.deepcopy({k: v for k, v in adata.uns.items() if k not in stale}),
         varm={k: v.copy() for k, v in adata.varm.items()},
         varp={k: v.copy() for k, v in adata.varp.items()},
     )
-    for k in kept:
-        result.layers[k] = stacked.copy()  # normalising X in place must not change the counts
     dropped = [f"layers[{k!r}]" for k in adata.layers if k not in kept]
     dropped += [f"obsm[{k!r}]" for k in adata.obsm] + [f"obsp[{k!r}]" for k in adata.obsp]
     dropped += [f"uns[{k!r}]" for k in stale] + (["raw"] if adata.raw is not None else [])
     if layer is not None and adata.X is not None:
         dropped.append("X (replaced by the counts)")
-    if dropped:
-        warnings.warn(
-            f"Dropped what does not hold for generated cells: {', '.join(dropped)}. Compute it "
-            "again on the augmented data.",
-            UserWarning,
-            stacklevel=3,
-        )
-    return result
+    message = (
+        f"Dropped what does not hold for generated cells: {', '.join(dropped)}. Compute it again "
+        "on the augmented data."
+    )
+    return result, kept, message if dropped else ""
+
+
+def is_sparse(matrix: CellMatrix) -> bool:
+    """Whether a matrix is stored as a sparse one, in memory or on disk."""
+    on_disk = isinstance(matrix, StoredCells)
+    return matrix.indptr is not None if on_disk else sparse.issparse(matrix)
 
 
 def _equal(matrix: CellMatrix, counts: CellMatrix) -> bool:
     """Whether two matrices of the same cells hold the same values."""
-    if sparse.issparse(matrix) != sparse.issparse(counts):
+    if is_sparse(matrix) != is_sparse(counts):
         return False
-    if sparse.issparse(matrix):
-        return matrix.nnz == counts.nnz and (matrix != counts).nnz == 0
-    return bool(np.array_equal(matrix, counts))
+    if not (isinstance(matrix, StoredCells) or isinstance(counts, StoredCells)):
+        if sparse.issparse(matrix):
+            return matrix.nnz == counts.nnz and (matrix != counts).nnz == 0
+        return bool(np.array_equal(matrix, counts))
+    if is_sparse(matrix) and matrix.nnz != counts.nnz:
+        return False
+    n_rows = rows_with(counts, _COMPARED_VALUES)
+    pairs = zip(in_order(matrix, n_rows), in_order(counts, n_rows), strict=True)
+    return all(_equal(left, right) for (_, left), (_, right) in pairs)
 
 
 def _extended_obs(
@@ -220,38 +269,3 @@ def _nullable(dtype: Any) -> Any:
         if dtype.kind in "iu":
             return dtype.name.replace("int", "Int").replace("uI", "UI")
     return dtype
-
-
-def read_h5ad(path: Path) -> AnnData:
-    """Read a file.
-
-    Raises
-    ------
-    FileNotFoundError
-        If it is not there.
-    OSError
-        If it is not a complete h5ad file.
-    """
-    import anndata
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected an h5ad file; there is no such file.")
-    try:
-        return anndata.read_h5ad(path)
-    except MemoryError:
-        raise  # nothing is wrong with the file
-    except Exception as error:  # anndata and h5py raise a dozen kinds for a broken file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise OSError(
-            f"{path}: expected a complete h5ad file; could not read it ({reason}). It may be "
-            "truncated: copy or write it again."
-        ) from error
-
-
-def write_h5ad(adata: AnnData, path: Path) -> None:
-    """Write a file that appears complete or not at all; a link stays one."""
-    path = path.resolve()
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as made:
-        complete = Path(made) / path.name
-        adata.write_h5ad(complete, compression="gzip")
-        os.replace(complete, path)

@@ -1,19 +1,24 @@
-"""`augment`: the sampler for AnnData, with annotation and provenance filled in."""
+"""`augment` and `augment_file`: the sampler for AnnData, in memory and from file to file."""
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from numbers import Number
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from cfgen_augment import __version__, annotated, checkpoint
+from cfgen_augment import __version__, annotated, checkpoint, files
 from cfgen_augment.attributes import check_attribute
+from cfgen_augment.counts import CellMatrix, rows_like
 from cfgen_augment.model import CFGen
 from cfgen_augment.sampler import CFGenSampler
+from cfgen_augment.stored import in_order, stack_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +55,8 @@ def augment(
     Parameters
     ----------
     adata
-        Real cells with raw counts, shape ``(n_obs, n_vars)``; not modified.
+        Real cells with raw counts, shape ``(n_obs, n_vars)``; not modified. Backed AnnData are
+        learned from without reading their counts as a whole; the result is in memory.
     label_key
         Column of obs with the cells' types.
     target_size
@@ -102,6 +108,7 @@ def augment(
 
     See Also
     --------
+    augment_file : The same from file to file, for more cells than memory holds.
     CFGenSampler : The same inside scikit-learn pipelines.
 
     Examples
@@ -122,21 +129,7 @@ def augment(
             f"adata: expected AnnData; got {type(adata).__name__}. For arrays and DataFrames use "
             "CFGenSampler."
         )
-    if save_model is not None:
-        checkpoint.check_destination(Path(save_model), overwrite=overwrite_model)
     keys = {"label_key": label_key, "donor_key": donor_key, "batch_key": batch_key}
-    columns_used = [key for key in keys.values() if key is not None]
-    if len(set(columns_used)) < len(columns_used):
-        raise ValueError(
-            f"label_key, donor_key, batch_key: expected different columns of obs; got {keys}. "
-            "Leave out the key that repeats another."
-        )
-    values = {
-        role: check_attribute(annotated.obs_column(adata, key, role), f"obs[{key!r}]")
-        for role, key in keys.items()
-        if key is not None
-    }
-    annotated.check_extendable(adata, key_added)
     sampler = CFGenSampler(
         sampling_strategy,
         target_size=target_size,
@@ -154,7 +147,182 @@ def augment(
         random_state=random_state,
         verbose=verbose,
     )
-    cells, labels = sampler.synthesise(
+    blocks, columns = _train(sampler, adata, keys, key_added, save_model, overwrite_model)
+    cells = stack_rows(list(blocks))
+    result = annotated.append_cells(adata, cells, layer, key=key_added, columns=columns)
+    result.uns["cfgen_augment"] = _provenance(sampler, keys, key_added, result, label_key)
+    return result
+
+
+def augment_file(
+    input: str | os.PathLike,
+    output: str | os.PathLike,
+    label_key: str,
+    *,
+    target_size: int | float = 2.0,
+    donor_key: str | None = None,
+    batch_key: str | None = None,
+    layer: str | None = None,
+    sampling_strategy: str | float | Mapping | Any = "inverse-sqrt",
+    exponent: float = 0.5,
+    min_cells: int = 5,
+    generator: CFGen | str | os.PathLike | None = None,
+    covariates_from: str = "label",
+    likelihood: str = "nb",
+    size_factor: str = "label",
+    max_epochs: str | int | tuple[int, int] = "auto",
+    solver: str | None = None,
+    guidance: float | Mapping[str, float] | None = None,
+    key_added: str = annotated.SYNTHETIC,
+    overwrite: bool = False,
+    save_model: str | os.PathLike | None = None,
+    overwrite_model: bool = False,
+    device: str = "auto",
+    random_state: int | np.random.RandomState | None = None,
+    verbose: bool = False,
+) -> AnnData:
+    """Add generated cells to an h5ad or zarr file, block by block.
+
+    What is written is what `augment` returns for the same seed: annotation, provenance, layers
+    and dtypes. Neither the input's counts nor the result are ever in memory as a whole, unless the
+    input's counts are stored by columns (CSC).
+
+    Parameters
+    ----------
+    input
+        File with the real cells: h5ad, or a directory with a zarr store.
+    output
+        File to write, ``.h5ad`` or ``.zarr``. It appears complete or not at all; a link stays one.
+    label_key, target_size, donor_key, batch_key, layer, sampling_strategy, exponent, min_cells
+        As in `augment`.
+    generator, covariates_from, likelihood, size_factor, max_epochs, solver, guidance, key_added
+        As in `augment`.
+    overwrite
+        Whether a file at `output`, which may be the input, may be replaced.
+    save_model, overwrite_model, device, random_state, verbose
+        As in `augment`. A model is kept even if writing the result fails.
+
+    Returns
+    -------
+    AnnData
+        Annotation of what was written (obs, var, uns), without the counts.
+
+    Raises
+    ------
+    FileNotFoundError, UnreadableError
+        If the input is not there, or not a complete file.
+    FileExistsError
+        If the output exists and may not be replaced; before anything is read.
+    OSError
+        If the output cannot be written.
+    KeyError, ValueError, TypeError
+        As `augment`; also if the output's name ends in something else.
+
+    Warns
+    -----
+    UserWarning
+        As `augment`.
+
+    See Also
+    --------
+    augment : The same in memory.
+
+    Examples
+    --------
+    >>> import anndata, numpy as np
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> from cfgen_augment import augment_file
+    >>> rng = np.random.default_rng(0)
+    >>> adata = anndata.AnnData(
+    ...     rng.poisson(2.0, size=(60, 10)), obs={"cell_type": ["B"] * 50 + ["T"] * 10}
+    ... )
+    >>> adata.obs_names = [f"cell{i}" for i in range(60)]
+    >>> with TemporaryDirectory() as folder:
+    ...     adata.write_h5ad(f"{folder}/in.h5ad")
+    ...     written = augment_file(
+    ...         f"{folder}/in.h5ad", f"{folder}/out.h5ad", "cell_type", max_epochs=2, random_state=0
+    ...     )
+    ...     anndata.read_h5ad(f"{folder}/out.h5ad").shape
+    (120, 10)
+    """
+    files.check_output(Path(output), overwrite=overwrite)
+    keys = {"label_key": label_key, "donor_key": donor_key, "batch_key": batch_key}
+    sampler = CFGenSampler(
+        sampling_strategy,
+        target_size=target_size,
+        exponent=exponent,
+        min_cells=min_cells,
+        generator=generator,
+        covariates_from=covariates_from,
+        likelihood=likelihood,
+        size_factor=size_factor,
+        max_epochs=max_epochs,
+        solver=solver,
+        guidance=guidance,
+        layer=layer,
+        device=device,
+        random_state=random_state,
+        verbose=verbose,
+    )
+    with files.replacing(Path(output)) as place, files.opened(Path(input)) as adata:
+        blocks, columns = _train(sampler, adata, keys, key_added, save_model, overwrite_model)
+        real = annotated.counts(adata, layer)
+        if getattr(real, "format", "csr") == "csc":  # columns cannot grow row by row
+            result = annotated.append_cells(
+                adata, stack_rows(list(blocks)), layer, key=key_added, columns=columns
+            )
+            result.uns["cfgen_augment"] = _provenance(sampler, keys, key_added, result, label_key)
+            files.write_whole(result, place, named=Path(output))
+            del result.X, result.layers
+            return result
+        n_new = len(columns[label_key])
+        result, layers, dropped = annotated.extended(
+            adata, real, n_new, layer, key=key_added, columns=columns
+        )
+        result.uns["cfgen_augment"] = _provenance(sampler, keys, key_added, result, label_key)
+        if dropped:
+            warnings.warn(dropped, UserWarning, stacklevel=2)
+        cells = itertools.chain(
+            (block for _, block in in_order(real)),
+            (rows_like(b, real.dtype, is_sparse=annotated.is_sparse(real)) for b in blocks),
+        )
+        files.write(result, place, cells, layers, named=Path(output))
+    return result
+
+
+def _train(
+    sampler: CFGenSampler,
+    adata: AnnData,
+    keys: Mapping[str, str | None],
+    key_added: str,
+    save_model: str | os.PathLike | None,
+    overwrite_model: bool,
+) -> tuple[Iterator[CellMatrix], dict[str, NDArray]]:
+    """Check everything, train, and save the model.
+
+    Returns
+    -------
+    blocks : iterator of matrices
+        The generated cells, not generated yet.
+    columns : dict of str to ndarray
+        Columns of obs that are generated with them.
+    """
+    if save_model is not None:
+        checkpoint.check_destination(Path(save_model), overwrite=overwrite_model)
+    columns_used = [key for key in keys.values() if key is not None]
+    if len(set(columns_used)) < len(columns_used):
+        raise ValueError(
+            f"label_key, donor_key, batch_key: expected different columns of obs; got {dict(keys)}"
+            ". Leave out the key that repeats another."
+        )
+    values = {
+        role: check_attribute(annotated.obs_column(adata, key, role), f"obs[{key!r}]")
+        for role, key in keys.items()
+        if key is not None
+    }
+    annotated.check_extendable(adata, key_added)
+    blocks, labels = sampler.synthesise_blocks(
         adata,
         values["label_key"],
         donor=values.get("donor_key"),
@@ -162,14 +330,11 @@ def augment(
     )
     if save_model is not None:
         sampler.generator_.save(save_model, overwrite=overwrite_model)
-    new = slice(adata.n_obs, None)
-    columns = {label_key: labels}
-    for key, name in ((donor_key, "donor"), (batch_key, "batch")):
-        if key is not None:
-            columns[key] = sampler.covariates_[name][new]
-    result = annotated.append_cells(adata, cells, layer, key=key_added, columns=columns)
-    result.uns["cfgen_augment"] = _provenance(sampler, keys, key_added, result, label_key)
-    return result
+    columns = {str(keys["label_key"]): labels}
+    for role, name in (("donor_key", "donor"), ("batch_key", "batch")):
+        if (key := keys[role]) is not None:
+            columns[key] = sampler.covariates_[name][adata.n_obs :]
+    return blocks, columns
 
 
 def summary(

@@ -1,23 +1,17 @@
-"""The command ``cfgen-augment IN.h5ad OUT.h5ad``: parse, augment, write, report."""
+"""The command ``cfgen-augment IN.h5ad OUT.h5ad``: parse, augment, report."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cfgen_augment import __version__
-
-if TYPE_CHECKING:
-    from anndata import AnnData
-
-    from cfgen_augment.model import CFGen
 
 OK = 0
 BAD_INPUT = 2  # what argparse exits with, too
@@ -37,12 +31,16 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     made = argparse.ArgumentParser(
         prog="cfgen-augment",
-        description="Add generated cells to an h5ad file of raw counts, rare types first.",
+        description="Add generated cells to a file of raw counts, rare types first.",
         epilog=_EPILOG,
         allow_abbrev=False,
     )
-    made.add_argument("input", metavar="IN.h5ad", type=Path, help="real cells with raw counts")
-    made.add_argument("output", metavar="OUT.h5ad", type=Path, help="where to write the result")
+    made.add_argument(
+        "input", metavar="IN.h5ad", type=Path, help="real cells with raw counts; h5ad or zarr"
+    )
+    made.add_argument(
+        "output", metavar="OUT.h5ad", type=Path, help="where to write the result; .h5ad or .zarr"
+    )
     made.add_argument("--label-key", required=True, metavar="KEY", help="column of obs with types")
     made.add_argument("--donor-key", metavar="KEY", help="column of obs to condition on as well")
     made.add_argument("--batch-key", metavar="KEY", help="column of obs to condition on as well")
@@ -128,7 +126,7 @@ def _run(given: argparse.Namespace) -> int:
     # What can be refused is refused before torch is imported and anything is read.
     if refusal := _refuse(given):
         return _fail(*refusal)
-    from cfgen_augment import annotated, checkpoint
+    from cfgen_augment import checkpoint
     from cfgen_augment.model import CFGen
     from cfgen_augment.training import resolve_device
 
@@ -140,34 +138,25 @@ def _run(given: argparse.Namespace) -> int:
         return _fail(OUTPUT_EXISTS, str(error))
     except (ValueError, OSError) as error:
         return _fail(BAD_INPUT, str(error))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # anndata's remarks on names; ours follow below
-            adata = annotated.read_h5ad(given.input)
-            model = None if given.model is None else CFGen.load(given.model, device=given.device)
-    except (OSError, ValueError) as error:
-        return _fail(UNREADABLE, str(error))
-    except MemoryError:
-        return _fail(FAILED, f"{given.input}: does not fit into memory.")
-    return _augment(given, adata, model)
+    if given.model is not None:
+        try:
+            CFGen.load(given.model, device=given.device)
+        except (OSError, ValueError) as error:
+            return _fail(UNREADABLE, str(error))
+    return _augment(given)
 
 
 def _refuse(given: argparse.Namespace) -> tuple[int, str] | None:
     """Exit code and message if the arguments cannot lead to an output."""
+    from cfgen_augment import files
+
     output = given.output
-    if output.exists() and not output.is_file():
-        return BAD_INPUT, f"{output}: expected a file name; it is a directory or a device."
-    if output.exists() and not given.force:
-        return (
-            OUTPUT_EXISTS,
-            f"{output}: expected a new file; it exists. Pass --force to overwrite it.",
-        )
-    folder = output.resolve().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        return (
-            BAD_INPUT,
-            f"{output}: expected a directory that can be written to; {folder} is not one.",
-        )
+    try:
+        files.check_output(output, overwrite=given.force)
+    except ValueError as error:
+        return BAD_INPUT, str(error)
+    except FileExistsError as error:
+        return OUTPUT_EXISTS, str(error)
     if given.save_model is not None and given.save_model.resolve() == output.resolve():
         return BAD_INPUT, f"--save-model: expected another place than the output; got {output}."
     if given.model is not None:
@@ -189,19 +178,18 @@ def _refuse(given: argparse.Namespace) -> tuple[int, str] | None:
     return None
 
 
-def _augment(given: argparse.Namespace, adata: AnnData, model: CFGen | None) -> int:
-    from cfgen_augment import annotated
-    from cfgen_augment.augmentation import augment, summary
+def _augment(given: argparse.Namespace) -> int:
+    from cfgen_augment.augmentation import augment_file, summary
+    from cfgen_augment.stored import UnreadableError
 
-    if model is not None:
-        model.verbose = not given.quiet
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = _note  # type: ignore[assignment]
         try:
-            augmented = augment(
-                adata,
+            augmented = augment_file(
+                given.input,
+                given.output,
                 given.label_key,
                 target_size=given.target_size,
                 donor_key=given.donor_key,
@@ -209,18 +197,21 @@ def _augment(given: argparse.Namespace, adata: AnnData, model: CFGen | None) -> 
                 layer=given.layer,
                 exponent=given.exponent,
                 min_cells=given.min_cells,
-                generator=model,
+                generator=given.model,
                 covariates_from=given.covariates_from,
                 likelihood=given.likelihood,
                 size_factor=given.size_factor,
                 max_epochs="auto" if given.max_epochs is None else given.max_epochs,
                 guidance=given.guidance,
+                overwrite=given.force,
                 save_model=given.save_model,
                 overwrite_model=given.force,
                 device=given.device,
                 random_state=given.seed,
                 verbose=not given.quiet,
             )
+        except (FileNotFoundError, UnreadableError) as error:
+            return _fail(UNREADABLE, str(error))
         except (ValueError, TypeError, KeyError) as error:
             # A KeyError's own text would come with quotes around it.
             return _fail(BAD_INPUT, str(error.args[0]) if error.args else repr(error))
@@ -231,17 +222,12 @@ def _augment(given: argparse.Namespace, adata: AnnData, model: CFGen | None) -> 
             return _fail(
                 FAILED, f"unexpected {type(error).__name__}; please report it with the above"
             )
-        if given.model is not None:
-            augmented.uns["cfgen_augment"]["parameters"]["generator"] = str(given.model)
-        try:
-            annotated.write_h5ad(augmented, given.output)
-        except Exception as error:  # anndata and h5py raise a dozen kinds
-            return _fail(FAILED, f"{given.output}: could not be written ({error}).")
     if not given.quiet:
-        print(summary(augmented, given.label_key).to_string())
+        table = summary(augmented, given.label_key)
+        print(table.to_string())
         print(
-            f"{adata.n_obs:,} real + {augmented.n_obs - adata.n_obs:,} synthetic cells x "
-            f"{adata.n_vars:,} features -> {given.output}"
+            f"{table['real'].sum():,} real + {table['synthetic'].sum():,} synthetic cells x "
+            f"{augmented.n_vars:,} features -> {given.output}"
         )
     return OK
 

@@ -1,7 +1,7 @@
 """Cell matrices: what may come in, how deep each cell is, and rows as dense minibatches.
 
-Everything here works on ``ndarray`` and on SciPy CSR, scans every stored value, and never makes
-more than a minibatch dense.
+Everything here works on ``ndarray``, on SciPy CSR and on cells on disk, scans every stored value,
+block by block, and never makes more than a minibatch dense.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-# An ndarray, or a CSR matrix or array. SciPy has no type that covers its sparse containers.
+from cfgen_augment.stored import StoredCells, Survey, as_stored, broken, in_order, rows_with
+
+# An ndarray, a CSR matrix or array, or `StoredCells`. SciPy has no type that covers its sparse
+# containers.
 CellMatrix: TypeAlias = Any
 ValueKind: TypeAlias = Literal["count", "binary", "real"]
 
@@ -30,13 +33,14 @@ _EXPECTED = {
 
 
 def check_cells(X: object, kind: ValueKind, *, name: str = "X", n_min: int = 1) -> CellMatrix:
-    """Check a cell matrix and return it as an ndarray or canonical CSR, values unchanged.
+    """Check a cell matrix and return it as one that the rest of the package reads.
 
     Parameters
     ----------
     X
-        ``(n_cells, n_features)`` ndarray or SciPy sparse matrix or array. Never modified; CSR
-        and ndarray input is returned without a copy when it is already canonical.
+        ``(n_cells, n_features)`` ndarray, SciPy sparse matrix or array, or a matrix on disk: see
+        `StoredCells`. Never modified; CSR and ndarray input is returned without a copy when it
+        is already canonical.
     kind
         What the values must be: ``"count"``, ``"binary"`` or ``"real"``.
     name
@@ -46,20 +50,25 @@ def check_cells(X: object, kind: ValueKind, *, name: str = "X", n_min: int = 1) 
 
     Returns
     -------
-    ndarray or CSR
-        The same values.
+    ndarray, canonical CSR or StoredCells
+        The same values. Cells on disk are read once, for all that is asked of them before
+        training: the check, `total_counts` and `feature_moments`.
 
     Raises
     ------
     TypeError
         If `X` is not a two-dimensional numeric array or sparse matrix.
     ValueError
-        If it is empty, malformed, or holds values that are not of `kind`.
+        If it is empty, malformed, on disk by columns, or holds values that are not of `kind`.
+    UnreadableError
+        If it is on disk and cannot be read.
     """
     if sparse.issparse(X):
         matrix = _check_sparse(X, name)
     elif isinstance(X, np.ndarray):
         matrix = np.asarray(X)
+    elif (on_disk := as_stored(X)) is not None:
+        matrix = on_disk
     else:
         raise TypeError(
             f"{name}: expected a NumPy array or a SciPy sparse matrix; got {type(X).__name__}. "
@@ -85,8 +94,22 @@ def check_cells(X: object, kind: ValueKind, *, name: str = "X", n_min: int = 1) 
             f"{name}: expected at least {n_min} cell(s); found array with {n_cells} sample(s) "
             f"(shape={matrix.shape}) while a minimum of {n_min} is required."
         )
-    _check_values(matrix.data if sparse.issparse(matrix) else matrix, kind, name)
+    if not isinstance(matrix, StoredCells):
+        _check_values(matrix.data if sparse.issparse(matrix) else matrix, kind, name)
+    elif matrix.survey is None or matrix.survey.kind != kind:
+        matrix.survey = _survey(matrix, kind, name)
     return matrix
+
+
+def _survey(X: StoredCells, kind: ValueKind, name: str) -> Survey:
+    """Check the values, and sum them up on the way."""
+    totals = np.empty(X.shape[0])
+    moments = _Moments(X.shape[1])
+    for rows, block in in_order(X, rows_with(X, _SCAN)):
+        _check_values(block.data if sparse.issparse(block) else block, kind, name)
+        totals[rows] = _row_sums(block)
+        moments.add(block)
+    return Survey(kind, totals, moments.mean, moments.variance)
 
 
 def _check_sparse(X: sparse.spmatrix | sparse.sparray, name: str) -> sparse.csr_matrix:
@@ -94,11 +117,7 @@ def _check_sparse(X: sparse.spmatrix | sparse.sparray, name: str) -> sparse.csr_
         try:
             X.check_format(full_check=True)
         except (ValueError, IndexError) as error:
-            raise ValueError(
-                f"{name}: expected a well-formed {X.format.upper()} matrix; got one whose index "
-                f"arrays are broken ({error}). The file or the code that built it is at fault: "
-                "rebuild the matrix."
-            ) from error
+            raise broken(name, X.format, error) from error
     matrix = X.tocsr()
     if not matrix.has_canonical_format:
         matrix = matrix.copy()
@@ -178,25 +197,62 @@ def total_counts(X: CellMatrix) -> NDArray[np.float64]:
     A cell without any count is taken to have a total of one, which keeps its logarithm, and so
     the size-factor fit, finite.
     """
-    totals = np.asarray(X.sum(axis=1, dtype=np.float64)).reshape(-1)
-    return np.maximum(totals, 1.0)
+    if isinstance(X, StoredCells) and X.survey is not None:
+        return np.maximum(X.survey.totals, 1.0)
+    totals = [_row_sums(block) for _, block in in_order(X, rows_with(X, _SCAN))]
+    return np.maximum(np.concatenate(totals), 1.0)
 
 
 def feature_moments(X: CellMatrix) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean and variance (``ddof=0``) of every feature, each of shape ``(n_features,)``."""
-    n_cells, n_features = X.shape
-    mean = np.asarray(X.sum(axis=0, dtype=np.float64)).reshape(-1) / n_cells
-    squares = np.zeros(n_features)  # of deviations from the mean, so that large offsets are safe
-    if sparse.issparse(X):
-        for start in range(0, X.nnz, _SCAN):
-            columns = X.indices[start : start + _SCAN]
-            deviations = X.data[start : start + _SCAN] - mean[columns]
-            squares += np.bincount(columns, np.square(deviations), minlength=n_features)
-        squares += (n_cells - np.bincount(X.indices, minlength=n_features)) * np.square(mean)
-    else:
-        for rows in np.array_split(X, -(-X.size // _SCAN)):
-            squares += np.square(rows - mean).sum(axis=0)
-    return mean, squares / n_cells
+    if isinstance(X, StoredCells) and X.survey is not None:
+        return X.survey.mean, X.survey.variance
+    moments = _Moments(X.shape[1])
+    for _, block in in_order(X, rows_with(X, _SCAN)):
+        moments.add(block)
+    return moments.mean, moments.variance
+
+
+def _row_sums(block: CellMatrix) -> NDArray[np.float64]:
+    if sparse.issparse(block):
+        return block @ np.ones(block.shape[1])
+    return block.sum(axis=1, dtype=np.float64)
+
+
+class _Moments:
+    """Mean and variance of every feature over blocks of rows.
+
+    Each block is centred on its own mean, and blocks are merged by Chan's rule,
+    ``S = S_a + S_b + d^2 n_a n_b / (n_a + n_b)`` with ``d`` the difference of the means, so that
+    offsets far larger than the spread cost no digits and one pass is enough.
+    """
+
+    def __init__(self, n_features: int) -> None:
+        self.n_cells = 0
+        self.mean = np.zeros(n_features)
+        self.squares = np.zeros(n_features)  # of deviations from the mean
+
+    @property
+    def variance(self) -> NDArray[np.float64]:
+        return self.squares / self.n_cells
+
+    def add(self, block: CellMatrix) -> None:
+        n, n_features = block.shape
+        if sparse.issparse(block):
+            mean = np.bincount(block.indices, block.data, minlength=n_features) / n
+            squares = np.bincount(
+                block.indices, np.square(block.data - mean[block.indices]), minlength=n_features
+            )
+            stored = np.bincount(block.indices, minlength=n_features)
+            squares += (n - stored) * np.square(mean)
+        else:
+            mean = block.sum(axis=0, dtype=np.float64) / n
+            squares = np.square(block - mean).sum(axis=0)
+        total = self.n_cells + n
+        step = mean - self.mean
+        self.squares += squares + np.square(step) * (self.n_cells * n / total)
+        self.mean += step * (n / total)
+        self.n_cells = total
 
 
 def append_rows(cells: CellMatrix, new: CellMatrix) -> CellMatrix:
@@ -204,15 +260,23 @@ def append_rows(cells: CellMatrix, new: CellMatrix) -> CellMatrix:
 
     Continuous values that join whole numbers are rounded, and held within the dtype's range.
     """
-    if cells.dtype.kind in "iu" and new.dtype.kind == "f":
-        limits = np.iinfo(cells.dtype)
+    new = rows_like(new, cells.dtype, is_sparse=sparse.issparse(cells))
+    if sparse.issparse(cells):
+        return sparse.vstack([cells, new], format=cells.format, dtype=cells.dtype)
+    return np.concatenate([cells, new])
+
+
+def rows_like(new: CellMatrix, dtype: np.dtype, *, is_sparse: bool) -> CellMatrix:
+    """`new` as CSR or as an ndarray, in the dtype of the cells it will join; see `append_rows`."""
+    if dtype.kind in "iu" and new.dtype.kind == "f":
+        limits = np.iinfo(dtype)
         new = new.toarray() if sparse.issparse(new) else new
         new = np.clip(np.rint(new), limits.min, limits.max)
-    if sparse.issparse(cells):
+    if is_sparse:
         new = new if sparse.issparse(new) else sparse.csr_matrix(new)
-        return sparse.vstack([cells, new], format=cells.format, dtype=cells.dtype)
-    dense = new.toarray() if sparse.issparse(new) else new
-    return np.concatenate([cells, dense.astype(cells.dtype, copy=False)])
+    elif sparse.issparse(new):
+        new = new.toarray()
+    return new.astype(dtype, copy=False)
 
 
 def as_dtype(X: CellMatrix, dtype: np.dtype) -> tuple[CellMatrix, int]:

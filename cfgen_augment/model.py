@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 
 import numpy as np
@@ -35,6 +35,7 @@ from cfgen_augment.stages import (
     train_autoencoder,
     train_flow,
 )
+from cfgen_augment.stored import stack_rows
 from cfgen_augment.training import Schedule, hold_out, resolve_device, seeded
 
 LABEL = "label"  # name of the attribute that holds the cells' labels
@@ -222,6 +223,8 @@ class CFGen(SavedModel):
         X
             Raw counts (or what the likelihood models), ndarray or SciPy sparse matrix or array
             of shape ``(n_cells, n_features)``. Not modified, and never made dense as a whole.
+            A matrix on disk stays there and is read in blocks: the ``X`` of backed AnnData, any
+            CSR dataset of anndata, or a dense h5py or zarr array.
         labels
             Label of every cell, for example its type, shape ``(n_cells,)``.
         covariates
@@ -433,6 +436,65 @@ class CFGen(SavedModel):
             If drawn counts exceed what the training data's dtype can hold; they are held at its
             largest value.
         """
+        blocks = self.generate_blocks(
+            labels,
+            n_cells=n_cells,
+            covariates=covariates,
+            guidance=guidance,
+            size_factors=size_factors,
+            latents=latents,
+            random_state=random_state,
+        )
+        return stack_rows(list(blocks))
+
+    def generate_blocks(
+        self,
+        labels: ArrayLike | None = None,
+        *,
+        n_cells: int | None = None,
+        covariates: Mapping[str, ArrayLike] | None = None,
+        guidance: float | Mapping[str, float] | None = None,
+        size_factors: ArrayLike | None = None,
+        latents: ArrayLike | None = None,
+        random_state: RandomState = None,
+    ) -> Iterator[sparse.csr_matrix | NDArray]:
+        """Generate the same cells as `generate`, a block of rows at a time.
+
+        Memory does not grow with the number of cells but for a few numbers per cell (its
+        attributes and its total). Everything is checked here, before the first block is asked
+        for.
+
+        Parameters
+        ----------
+        labels, n_cells, covariates, guidance, size_factors, latents, random_state
+            As in `generate`.
+
+        Returns
+        -------
+        iterator of CSR matrices (or ndarrays) of shape (n_block, n_features)
+            At least one block, empty if no cells are wanted. One below the other they are what
+            `generate` returns.
+
+        Raises
+        ------
+        RuntimeError, ValueError
+            As `generate`.
+
+        Warns
+        -----
+        UserWarning
+            As `generate`, after the last block.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from cfgen_augment import CFGen
+        >>> rng = np.random.default_rng(0)
+        >>> X = rng.poisson(3.0, size=(60, 8))
+        >>> model = CFGen(max_epochs=1, random_state=0, device="cpu").fit(X, ["B", "T"] * 30)
+        >>> [block.shape for block in model.generate_blocks(["B"] * 2_000)]
+        [(1024, 8), (976, 8)]
+        """
         self._check_fitted()
         check_parameters(self.__dict__)
         wanted, n = self._check_wanted(labels, covariates, n_cells)
@@ -456,11 +518,24 @@ class CFGen(SavedModel):
         random = np.random.default_rng(entropy(seed))
         totals = self._totals(size_factors, codes, random)
         generator = seeded(random, self.device_)
-        solver = (
-            None if latents is not None or n == 0 else self._solver(codes, terms, totals, random)
-        )
+        solver = None
+        if latents is None and n:
+            solver = self._solver(codes, terms, totals, random)
+        return self._drawn(codes, terms, totals, solver, latents, generator)
 
-        blocks = []
+    def _drawn(
+        self,
+        codes: NDArray[np.int64],
+        terms: list[tuple[float, NDArray[np.bool_]]],
+        totals: NDArray[np.float64],
+        solver: Solver | None,
+        latents: NDArray[np.float32] | None,
+        generator: torch.Generator,
+    ) -> Iterator[sparse.csr_matrix | NDArray]:
+        """Blocks of cells in the training data's dtype; at least one, which may be empty."""
+        n = len(codes)
+        if not n:
+            yield self._empty()
         too_large = 0
         block_size = block_rows(self.n_features_in_)
         starts = range(0, n, block_size)
@@ -471,25 +546,24 @@ class CFGen(SavedModel):
                 codes[block], terms, totals[block], solver, given, generator
             )
             if self.likelihood == "gaussian":
-                blocks.append(drawn.astype(np.result_type(self.dtype_, np.float32), copy=False))
+                yield drawn.astype(np.result_type(self.dtype_, np.float32), copy=False)
                 continue
             cast, held = as_dtype(drawn, self.dtype_)
             too_large += held
-            blocks.append(cast)
+            yield cast
         if too_large:
             warnings.warn(
                 f"{too_large:,} generated counts were larger than {self.dtype_} can hold exactly "
                 "and were held at its largest value; fit on a wider dtype to keep them.",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
+
+    def _empty(self) -> sparse.csr_matrix | NDArray:
         if self.likelihood == "gaussian":
-            empty = np.empty((0, self.n_features_in_), dtype=np.float32)
-            return np.concatenate(blocks) if blocks else empty
-        if not blocks:
-            none = sparse.csr_matrix((0, self.n_features_in_), dtype=np.int32)
-            return as_dtype(none, self.dtype_)[0]
-        return sparse.vstack(blocks, format="csr")
+            return np.empty((0, self.n_features_in_), dtype=np.float32)
+        none = sparse.csr_matrix((0, self.n_features_in_), dtype=np.int32)
+        return as_dtype(none, self.dtype_)[0]
 
     def encode(self, X: CellMatrix) -> NDArray[np.float32]:
         """Latents of cells, ``(n_cells, n_latent)``, block by block; see `generate`.

@@ -6,7 +6,7 @@ import copy
 import inspect
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -27,6 +27,7 @@ from cfgen_augment.likelihoods import value_kind
 from cfgen_augment.model import LABEL, CFGen
 from cfgen_augment.parameters import check_parameters, entropy
 from cfgen_augment.solver import check_solver
+from cfgen_augment.stored import stack_rows
 from cfgen_augment.training import resolve_device
 
 _GENERATION = ("solver", "n_steps", "guidance")  # None leaves each to the model
@@ -296,7 +297,8 @@ class CFGenSampler(BaseOverSampler):
         else:
             container = ArraysTransformer(X, y)
         cells, labels, one_vs_all = self._check_X_y(X, y)
-        new, new_labels = self._synthesise(cells, labels, donor=donor, batch=batch)
+        blocks, new_labels = self._synthesise(cells, labels, donor=donor, batch=batch)
+        new = stack_rows(list(blocks))
         y_resampled = np.concatenate([labels, new_labels])
         if container is None:
             resampled = annotated.append_cells(X, new, self.layer)
@@ -334,11 +336,38 @@ class CFGenSampler(BaseOverSampler):
         """
         self._validate_params()
         cells, labels, _ = self._check_X_y(X, y)
+        blocks, new_labels = self._synthesise(cells, labels, donor=donor, batch=batch)
+        return stack_rows(list(blocks)), new_labels
+
+    def synthesise_blocks(
+        self,
+        X: Any,
+        y: ArrayLike,
+        *,
+        donor: ArrayLike | None = None,
+        batch: ArrayLike | None = None,
+    ) -> tuple[Iterator[CellMatrix], NDArray]:
+        """Train, and leave the cells of `synthesise` to be generated block by block.
+
+        Parameters
+        ----------
+        X, y, donor, batch
+            As in `fit_resample`.
+
+        Returns
+        -------
+        blocks : iterator of CSR matrices or ndarrays of shape (n_block, n_features)
+            Generated cells; see `CFGen.generate_blocks`.
+        labels : ndarray of shape (n_new,)
+            Their labels.
+        """
+        self._validate_params()
+        cells, labels, _ = self._check_X_y(X, y)
         return self._synthesise(cells, labels, donor=donor, batch=batch)
 
     def _synthesise(
         self, cells: CellMatrix, labels: NDArray, **per_cell: ArrayLike | None
-    ) -> tuple[CellMatrix, NDArray]:
+    ) -> tuple[Iterator[CellMatrix], NDArray]:
         model, matrix, covariates = self._plan(cells, labels, **per_cell)
         self.random_seed_ = entropy(self.random_state)
         for_draw, for_fit, for_generate = np.random.SeedSequence(self.random_seed_).spawn(3)
@@ -354,7 +383,7 @@ class CFGenSampler(BaseOverSampler):
         new_covariates = self._draw_covariates(
             covariates, labels, new_labels, np.random.default_rng(for_draw)
         )
-        new = self.generator_.generate(
+        blocks = self.generator_.generate_blocks(
             new_labels,
             covariates=new_covariates,
             random_state=int(for_generate.generate_state(1)[0]),
@@ -364,7 +393,7 @@ class CFGenSampler(BaseOverSampler):
             name: np.concatenate([values, new_covariates[name]])
             for name, values in covariates.items()
         }
-        return new, new_labels
+        return blocks, new_labels
 
     def _fit_resample(self, X: Any, y: Any, **params: Any) -> tuple[Any, Any]:
         # The base class's hook; `fit_resample` replaces its caller because "inverse-sqrt" is not

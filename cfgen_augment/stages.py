@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from cfgen_augment.counts import CellMatrix, dense_rows, feature_moments
 from cfgen_augment.flow import VelocityField, drop_attributes, flow_matching_loss
 from cfgen_augment.likelihoods import NegativeBinomial
 from cfgen_augment.minibatch import Minibatch
+from cfgen_augment.stored import buffers, in_order, keep
 from cfgen_augment.training import History, Schedule, initialise, minibatches, seeded, train
 
 _BLOCK_VALUES = 1 << 20  # dense entries that exist at a time outside of training
@@ -79,6 +81,7 @@ def train_autoencoder(
     with torch.no_grad():
         model.output_bias.copy_(bias)
     model.to(device)
+    X = keep(X, held_out)
     log_totals = torch.as_tensor(np.log(totals), dtype=torch.float32)[:, None]
     group_codes = torch.as_tensor(groups)
 
@@ -103,6 +106,7 @@ def train_autoencoder(
         random=random,
         description="autoencoder",
         verbose=verbose,
+        groups=partial(buffers, X),
     )
 
 
@@ -123,14 +127,13 @@ def match_dispersion(
         return
     n_labels = int(labels.max()) + 1
     sums = np.zeros((4, n_labels, X.shape[1]))  # of x, x^2, mu, mu^2
-    for rows in minibatches(np.arange(X.shape[0]), block_rows(X.shape[1])):
-        x = dense_rows(X, rows)
+    for rows, block in in_order(X, block_rows(X.shape[1])):
+        x = dense_rows(block, slice(None))
         log_size = torch.as_tensor(np.log(totals[rows]), dtype=torch.float32, device=device)
         latents = model.encode(torch.from_numpy(x).to(device))
         mu = model.decode(latents, log_size[:, None]).exp().cpu().numpy()
         membership = sparse.csr_matrix(
-            (np.ones(len(rows)), (labels[rows], np.arange(len(rows)))),
-            shape=(n_labels, len(rows)),
+            (np.ones(len(x)), (labels[rows], np.arange(len(x)))), shape=(n_labels, len(x))
         )
         for total, values in zip(sums, (x, np.square(x), mu, np.square(mu)), strict=True):
             total += membership @ values
@@ -144,10 +147,11 @@ def match_dispersion(
 @torch.inference_mode()
 def encode_cells(model: Autoencoder, X: CellMatrix, device: torch.device) -> Tensor:
     """Latents of all cells, ``(n_cells, n_latent)``, block by block."""
-    blocks = minibatches(np.arange(X.shape[0]), block_rows(X.shape[1]))
-    return torch.cat(
-        [model.encode(torch.from_numpy(dense_rows(X, rows)).to(device)) for rows in blocks]
-    )
+    n_latent: int = model.encoder[-1].out_features  # type: ignore[assignment]
+    latents = torch.empty((X.shape[0], n_latent), device=device)
+    for rows, block in in_order(X, block_rows(X.shape[1])):
+        latents[rows] = model.encode(torch.from_numpy(dense_rows(block, slice(None))).to(device))
+    return latents
 
 
 def train_flow(

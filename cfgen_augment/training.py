@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -161,6 +162,8 @@ def train(
     random: np.random.Generator,
     description: str,
     verbose: bool,
+    groups: Callable[[NDArray[np.intp], np.random.Generator], Iterable[NDArray[np.intp]]]
+    | None = None,
 ) -> History:
     """Minimise `loss` over minibatches, stop early, and restore the best weights.
 
@@ -184,6 +187,9 @@ def train(
         Shuffles the rows.
     description, verbose
         Name and switch of the progress bar.
+    groups
+        Cuts the rows into groups, anew for every epoch, each of which is shuffled and cut into
+        minibatches in turn; None makes all rows one group. See `stored.buffers`.
 
     Returns
     -------
@@ -205,10 +211,12 @@ def train(
     progress = tqdm(range(max_epochs), desc=description, unit="epoch", disable=not verbose)
     for epoch in progress:
         module.train()
+        parts = [rows] if groups is None else groups(rows, random)
+        batches = (minibatches(part, schedule.batch_size, random) for part in parts)
         # Losses are not read before the epoch's end: the host need not wait for a GPU.
         losses = [
             descend(module, loss(batch), optimizer)
-            for batch in minibatches(rows, schedule.batch_size, random)
+            for batch in itertools.chain.from_iterable(batches)
         ]
         annealing.step()
         module.eval()

@@ -6,7 +6,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import anndata
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import sparse
 
@@ -60,6 +62,47 @@ def trained(cells: Cells) -> CFGen:
         covariates={"donor": cells.donors},
         feature_names=[f"gene{i}" for i in range(cells.X.shape[1])],
     )
+
+
+@pytest.fixture
+def adata(cells):
+    """Raw counts in X and in a layer, and something in every slot of AnnData."""
+    n, n_vars = cells.X.shape
+    obs = pd.DataFrame(
+        {
+            "cell_type": pd.Categorical(cells.labels, categories=["T", "unused", "NK", "B"]),
+            "donor": cells.donors.astype(object),
+            "integer": np.arange(n, dtype=np.int32),
+            "unsigned": np.arange(n, dtype=np.uint8),
+            "boolean": np.arange(n) % 2 == 0,
+            "real": np.linspace(0, 1, n, dtype=np.float32),
+            "text": [f"barcode {i}" for i in range(n)],
+            "stage": pd.Categorical(["late"] * n, categories=["early", "late"], ordered=True),
+            "nullable": pd.array([None, *range(1, n)], dtype="Int16"),
+        },
+        index=pd.Index([f"cell{i}" for i in range(n)], name="barcode"),
+    )
+    made = anndata.AnnData(
+        X=cells.X.astype(np.float32),
+        obs=obs,
+        var=pd.DataFrame(
+            {"highly_variable": np.arange(n_vars) % 2 == 0},
+            index=pd.Index([f"gene{i}" for i in range(n_vars)], name="symbol"),
+        ),
+        uns={
+            "cell_type_colors": ["#111111", "#222222", "#333333", "#444444"],
+            "nested": {"values": np.arange(3)},
+            "neighbors": {"connectivities_key": "connectivities", "params": {"k": 5}},
+        },
+    )
+    made.raw = made
+    made.layers["counts"] = made.X.copy()
+    made.layers["scaled"] = made.X.toarray() * 0.5
+    made.obsm["X_pca"] = np.ones((n, 2))
+    made.obsp["connectivities"] = sparse.identity(n, format="csr")
+    made.varm["PCs"] = np.arange(2.0 * n_vars).reshape(n_vars, 2)
+    made.varp["correlation"] = sparse.identity(n_vars, format="csr")
+    return made
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 
 # From the foundations up: a room imports from rooms to its left only.
 ORDER = [
-    *("allocation", "counts", "attributes", "size_factors"),
+    *("allocation", "stored", "counts", "attributes", "size_factors"),
     *("minibatch", "nb_loss", "sweep", "draws", "likelihoods", "autoencoder"),
     *(
         "solver",
@@ -29,12 +29,14 @@ ORDER = [
         "saved",
         "model",
     ),
-    *("annotated", "sampler", "augmentation", "cli"),
+    *("annotated", "sampler", "files", "augmentation", "cli"),
 ]
 ADAPTERS = {
     "sklearn": {"sampler"},
     "imblearn": {"sampler"},
-    "anndata": {"annotated", "cli"},
+    "anndata": {"annotated", "files", "cli"},
+    "h5py": {"files"},
+    "zarr": {"files"},
     "pandas": {"annotated", "augmentation"},
     "torchdyn": {"solver"},
     "numba": {"sweep"},

@@ -13,8 +13,8 @@ import pytest
 from scipy import sparse
 
 from cfgen_augment import CFGen, __version__, augment
-from cfgen_augment.annotated import read_h5ad, write_h5ad
 from cfgen_augment.augmentation import summary
+from cfgen_augment.files import read_h5ad
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dropped what does not hold:UserWarning")
 
@@ -25,47 +25,6 @@ def model(cells):
     return CFGen(n_latent=4, max_epochs=2, random_state=0, device="cpu").fit(
         cells.X, cells.labels, covariates={"donor": cells.donors}
     )
-
-
-@pytest.fixture
-def adata(cells):
-    """Raw counts in X and in a layer, and something in every slot of AnnData."""
-    n, n_vars = cells.X.shape
-    obs = pd.DataFrame(
-        {
-            "cell_type": pd.Categorical(cells.labels, categories=["T", "unused", "NK", "B"]),
-            "donor": cells.donors.astype(object),
-            "integer": np.arange(n, dtype=np.int32),
-            "unsigned": np.arange(n, dtype=np.uint8),
-            "boolean": np.arange(n) % 2 == 0,
-            "real": np.linspace(0, 1, n, dtype=np.float32),
-            "text": [f"barcode {i}" for i in range(n)],
-            "stage": pd.Categorical(["late"] * n, categories=["early", "late"], ordered=True),
-            "nullable": pd.array([None, *range(1, n)], dtype="Int16"),
-        },
-        index=pd.Index([f"cell{i}" for i in range(n)], name="barcode"),
-    )
-    made = anndata.AnnData(
-        X=cells.X.astype(np.float32),
-        obs=obs,
-        var=pd.DataFrame(
-            {"highly_variable": np.arange(n_vars) % 2 == 0},
-            index=pd.Index([f"gene{i}" for i in range(n_vars)], name="symbol"),
-        ),
-        uns={
-            "cell_type_colors": ["#111111", "#222222", "#333333", "#444444"],
-            "nested": {"values": np.arange(3)},
-            "neighbors": {"connectivities_key": "connectivities", "params": {"k": 5}},
-        },
-    )
-    made.raw = made
-    made.layers["counts"] = made.X.copy()
-    made.layers["scaled"] = made.X.toarray() * 0.5
-    made.obsm["X_pca"] = np.ones((n, 2))
-    made.obsp["connectivities"] = sparse.identity(n, format="csr")
-    made.varm["PCs"] = np.arange(2.0 * n_vars).reshape(n_vars, 2)
-    made.varp["correlation"] = sparse.identity(n_vars, format="csr")
-    return made
 
 
 @pytest.fixture
@@ -378,7 +337,7 @@ def test_seed_on_file_repeats_the_result(adata, tmp_path):
     file = tmp_path / "augmented.h5ad"
     options = {"donor_key": "donor", "max_epochs": 1, "target_size": 180}
     first = augment(adata, "cell_type", **options)
-    write_h5ad(first, file)
+    first.write_h5ad(file)
     record = read_h5ad(file).uns["cfgen_augment"]
     again = augment(adata, "cell_type", **options, random_state=record["seed"])
     np.testing.assert_array_equal(dense(again.X), dense(first.X))
@@ -396,7 +355,7 @@ def test_result_survives_a_file(adata, model, tmp_path, strategy):
         adata, "cell_type", sampling_strategy=strategy, generator=model, guidance={"donor": 2.0}
     )
     expected = copy.deepcopy(result)
-    write_h5ad(result, file)
+    result.write_h5ad(file)
     found = read_h5ad(file)
     np.testing.assert_array_equal(dense(found.X), dense(expected.X))
     assert list(found.obs_names) == list(expected.obs_names)

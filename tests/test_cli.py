@@ -159,6 +159,21 @@ def test_installed_under_its_name(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_zarr_in_and_out(given, model, run, tmp_path):
+    pytest.importorskip("zarr")
+    assert run("--model", model, "--seed", 1, output="out.zarr", quick=False)[0] == 0
+    assert run("--model", model, "--seed", 1, quick=False)[0] == 0
+    zarr, h5ad = anndata.read_zarr(tmp_path / "out.zarr"), anndata.read_h5ad(tmp_path / "out.h5ad")
+    assert (zarr.X != h5ad.X).nnz == 0
+    pd.testing.assert_frame_equal(zarr.obs, h5ad.obs)
+    code, _, err = run("--model", model, output="out.zarr", quick=False)
+    assert (code, "Pass --force" in err) == (cli.OUTPUT_EXISTS, True)
+    # Real cells of a store can be the input of the next run, and generated ones cannot.
+    code, _, err = run("--model", model, source="out.zarr", output="two.h5ad", quick=False)
+    assert code == cli.BAD_INPUT
+    assert "not augmented before" in err
+
+
 def test_quiet_prints_nothing(given, run, tmp_path):
     assert run("--quiet") == (0, "", "")
     assert anndata.read_h5ad(tmp_path / "out.h5ad").n_obs == 300
@@ -447,6 +462,8 @@ def test_device_is_refused_before_anything_is_read(run, device):
         ("absent/out.h5ad", "expected a directory that can be written to"),
         ("in.h5ad/out.h5ad", "expected a directory that can be written to"),
         ("/dev/null", "expected a file name; it is a directory or a device"),
+        ("out.loom", "expected a name that ends in .h5ad or .zarr"),
+        ("out", "it ends in ''. Rename the output"),
     ],
 )
 def test_places_that_cannot_hold_the_output(given, run, output, message):

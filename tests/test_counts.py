@@ -204,7 +204,8 @@ def test_total_counts(container):
 
 @pytest.mark.parametrize("block", [1, 7, 64, 4096])
 @pytest.mark.parametrize("container", [np.asarray, sparse.csr_matrix], ids=["ndarray", "csr"])
-def test_feature_moments_agree_with_numpy(container, block):
+def test_feature_moments_agree_with_numpy(container, block, monkeypatch):
+    monkeypatch.setattr(counts, "_SCAN", block)
     rng = np.random.default_rng(0)
     X = rng.poisson(rng.gamma(1.0, 5.0, size=6), size=(64, 6)).astype(float)
     X[:, 0] = 3.0
