@@ -20,6 +20,7 @@ from cfgen_augment.stored import buffers, in_order, keep
 from cfgen_augment.training import History, Schedule, initialise, minibatches, seeded, train
 
 _BLOCK_VALUES = 1 << 20  # dense entries that exist at a time outside of training
+_FEWEST_ROWS = 128
 
 _DISPERSION_SPEED = 50.0  # learning rate of the noise model's own parameters, relative
 _VALIDATION_DRAWS = 4096  # noise and times on which the flow's held-out loss is measured
@@ -30,7 +31,7 @@ def block_rows(n_features: int) -> int:
 
     Not so few that the decoder's weights, megabytes at whole-genome width, are read for nothing.
     """
-    return min(max(_BLOCK_VALUES // n_features, 256), 1024)
+    return min(max(_BLOCK_VALUES // n_features, _FEWEST_ROWS), 1024)
 
 
 def autoencoder_optimizer(model: Autoencoder, learning_rate: float) -> torch.optim.AdamW:

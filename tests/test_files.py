@@ -30,6 +30,7 @@ def model(cells):
 def small_blocks(monkeypatch):
     """Blocks of some 32 generated and ten real cells, and a write for every few of them."""
     monkeypatch.setattr("cfgen_augment.stages._BLOCK_VALUES", 1)
+    monkeypatch.setattr("cfgen_augment.stages._FEWEST_ROWS", 32)
     monkeypatch.setattr(files, "_WRITTEN_VALUES", 1000)
     monkeypatch.setattr(stored, "_BUFFER_VALUES", 600)
     monkeypatch.setattr("cfgen_augment.annotated._COMPARED_VALUES", 600)

@@ -272,7 +272,8 @@ def test_copies_and_pickles_generate_the_same(trained, copier):
 
 
 def test_never_dense_as_a_whole(cells, monkeypatch):
-    monkeypatch.setattr("cfgen_augment.stages._BLOCK_VALUES", 1)  # 32 rows, the fewest
+    monkeypatch.setattr("cfgen_augment.stages._BLOCK_VALUES", 1)
+    monkeypatch.setattr("cfgen_augment.stages._FEWEST_ROWS", 32)
     rows = []
     original = sparse.csr_matrix.toarray
 

@@ -306,7 +306,8 @@ def test_never_more_than_a_block_in_dense_form(
         return block
 
     monkeypatch.setattr("cfgen_augment.stages.dense_rows", watched)
-    monkeypatch.setattr("cfgen_augment.stages._BLOCK_VALUES", 1)  # 32 rows, the fewest
+    monkeypatch.setattr("cfgen_augment.stages._BLOCK_VALUES", 1)
+    monkeypatch.setattr("cfgen_augment.stages._FEWEST_ROWS", 32)
     small(batch_size=16, validation_fraction=fraction).fit(on_disk, cells.labels)
     assert 0 < max(asked) <= 32
 
@@ -322,6 +323,7 @@ def test_never_more_than_a_buffer_is_read(on_disk, cells, small_buffers, monkeyp
     monkeypatch.setattr(StoredCells, "read", watched)
     monkeypatch.setattr("cfgen_augment.counts._SCAN", 600)
     monkeypatch.setattr("cfgen_augment.stages._BLOCK_VALUES", 1)
+    monkeypatch.setattr("cfgen_augment.stages._FEWEST_ROWS", 32)
     small(batch_size=16).fit(on_disk, cells.labels)
     assert 0 < max(blocks) <= 32
 
