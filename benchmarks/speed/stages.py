@@ -87,7 +87,9 @@ def stage_table(X: sparse.csr_matrix, labels: NDArray, repeats: int) -> pd.DataF
     generated = sparse.csr_matrix(model.generate(labels, random_state=0))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "cells.h5ad"
-        anndata.AnnData(X, obs=pd.DataFrame({"cell_type": labels})).write_h5ad(file)
+        adata = anndata.AnnData(X, obs=pd.DataFrame({"cell_type": labels}, dtype="category"))
+        adata.obs_names = [f"cell-{i}" for i in range(n)]
+        adata.write_h5ad(file)
         blocks = -(-n // block)
         decode_floor = repeated(products(decoder, block), blocks)
         stages: dict[str, tuple[Work, Work]] = {
