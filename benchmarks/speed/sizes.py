@@ -19,7 +19,7 @@ _TRAINED_ON = 5_000
 
 
 def _values(block: sparse.csr_matrix | NDArray) -> NDArray:
-    return block.data if sparse.issparse(block) else block
+    return np.asarray(block.data if sparse.issparse(block) else block)
 
 
 def flatness(sizes: Sequence[int], n_genes: int, folder: Path) -> pd.DataFrame:
