@@ -1,4 +1,4 @@
-"""Cells on their way into the autoencoder: what is stored of them, made dense on the device."""
+"""Cells on their way into the autoencoder: their non-zeros, made dense on the device."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
 from torch import Tensor
 
 from cfgen_augment.counts import CellMatrix, ValueKind, dense_rows, nonzeros
+
+_RESIDENT_BYTES = 8  # of a stored value: its column and its count
+_RESIDENT_SHARE = 0.5  # of the free memory that counts may take on a GPU
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,64 @@ class Minibatch:
         if self.at is None:
             return entries.expand(self.shape)
         return gather(entries, self.at, self.shape)
+
+
+class ResidentCells:
+    """CSR counts that live on the device, so that a step moves row numbers and nothing else.
+
+    Parameters
+    ----------
+    X
+        CSR counts in memory, ``(n_cells, n_features)``.
+    device
+        Where to hold them.
+    """
+
+    def __init__(self, X: sparse.csr_matrix, device: torch.device) -> None:
+        if not X.data.all():
+            X = X.copy()
+            X.eliminate_zeros()
+        self._n_features = X.shape[1]
+        self._ends = X.indptr.astype(np.int64)  # also here: sizes are known without asking a GPU
+        self._indptr = torch.from_numpy(self._ends).to(device)
+        self._indices = torch.from_numpy(X.indices).to(device)
+        self._data = torch.from_numpy(X.data.astype(np.float32, copy=False)).to(device)
+
+    def __call__(self, rows: NDArray[np.intp]) -> Minibatch:
+        """Some rows, put together on the device."""
+        device = self._data.device
+        n_nonzero = int((self._ends[rows + 1] - self._ends[rows]).sum())
+        at = torch.from_numpy(rows).to(device, non_blocking=True)
+        starts = self._indptr[at]
+        lengths = self._indptr[at + 1] - starts
+        row = torch.repeat_interleave(
+            torch.arange(len(rows), device=device), lengths, output_size=n_nonzero
+        )
+        before = lengths.cumsum(0) - lengths
+        entries = torch.arange(n_nonzero, device=device) + (starts - before)[row]
+        places = row * self._n_features + self._indices[entries]
+        return Minibatch((len(rows), self._n_features), self._data[entries], places)
+
+
+def supply(
+    X: CellMatrix, kind: ValueKind, device: torch.device
+) -> Callable[[NDArray[np.intp]], Minibatch]:
+    """How minibatches of `X` are made: on the device where its counts fit there, else moved to it.
+
+    Parameters
+    ----------
+    X
+        Cells, ``(n_cells, n_features)``, with values of `kind`.
+    kind
+        What the values are; only counts are sparse enough to keep on the device.
+    device
+        Where minibatches are wanted.
+    """
+    if device.type == "cuda" and kind != "real" and sparse.issparse(X):
+        free, _ = torch.cuda.mem_get_info(device)
+        if X.nnz * _RESIDENT_BYTES < _RESIDENT_SHARE * free:
+            return ResidentCells(X, device)
+    return lambda rows: Minibatch.of(X, rows, kind, device)
 
 
 def scatter(values: Tensor, at: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -15,7 +15,7 @@ from cfgen_augment.autoencoder import Autoencoder
 from cfgen_augment.counts import CellMatrix, dense_rows, feature_moments
 from cfgen_augment.flow import VelocityField, drop_attributes, flow_matching_loss
 from cfgen_augment.likelihoods import NegativeBinomial
-from cfgen_augment.minibatch import Minibatch
+from cfgen_augment.minibatch import supply
 from cfgen_augment.stored import buffers, in_order, keep
 from cfgen_augment.training import History, Schedule, initialise, minibatches, seeded, train
 
@@ -83,15 +83,13 @@ def train_autoencoder(
         model.output_bias.copy_(bias)
     model.to(device)
     X = keep(X, held_out)
-    log_totals = torch.as_tensor(np.log(totals), dtype=torch.float32)[:, None]
-    group_codes = torch.as_tensor(groups)
+    cells = supply(X, model.likelihood.values, device)
+    log_totals = torch.as_tensor(np.log(totals), dtype=torch.float32, device=device)[:, None]
+    group_codes = torch.as_tensor(groups, device=device)
 
     def loss(batch: NDArray[np.intp]) -> Tensor:
-        x = Minibatch.of(X, batch, model.likelihood.values, device)
-        at = torch.from_numpy(batch)
-        return model.negative_log_likelihood(
-            x, log_totals[at].to(device), group_codes[at].to(device)
-        )
+        at = torch.from_numpy(batch).to(device, non_blocking=True)
+        return model.negative_log_likelihood(cells(batch), log_totals[at], group_codes[at])
 
     def validate() -> float:
         parts = list(minibatches(held_out, block_rows(X.shape[1])))

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
-from benchmarks.cost import measured
 from benchmarks.speed.timing import Work, interleaved, products, repeated
 from cfgen_augment import CFGen
 from cfgen_augment.stages import block_rows, encode_cells
@@ -50,7 +49,7 @@ def simulated_counts(
 
 
 def stage_table(X: sparse.csr_matrix, labels: NDArray, repeats: int) -> pd.DataFrame:
-    """CPU and wall seconds, floor, their ratio, and peak memory of every stage.
+    """CPU and wall seconds, floor, and their ratio, of every stage.
 
     Parameters
     ----------
@@ -118,12 +117,9 @@ def stage_table(X: sparse.csr_matrix, labels: NDArray, repeats: int) -> pd.DataF
 
 def _row(work: Work, floor: Work, repeats: int) -> dict[str, float]:
     taken = interleaved({"floor": floor, "stage": work}, repeats)
-    with measured() as cost:
-        work()
     return {
         "CPU s": taken["stage"].cpu,
         "wall s": taken["stage"].wall,
         "floor CPU s": taken["floor"].cpu,
         "ratio": taken["stage"].ratio,
-        "peak MiB": cost.peak_mb,
     }
