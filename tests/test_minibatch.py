@@ -16,8 +16,9 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def X():
     rng = np.random.default_rng(0)
-    X = sparse.csr_matrix(rng.poisson(0.4, size=(40, 17)) * rng.integers(1, 9, size=(40, 1)))
-    X[5] = 0
+    counts = rng.poisson(0.4, size=(40, 17)) * rng.integers(1, 9, size=(40, 1))
+    counts[5] = 0
+    X = sparse.csr_matrix(counts)
     X.data[::7] = 0  # stored zeros, and an empty cell
     return X
 
