@@ -3,6 +3,7 @@
     python -m benchmarks.speed                          # stages, 10,000 cells x 2,000 genes
     python -m benchmarks.speed --genes 2000 8000 28000
     python -m benchmarks.speed --sizes 10000 100000 1000000
+    python -m benchmarks.speed --disk --cells 100000    # training from memory and from files
     python -m benchmarks.speed --rivals                 # on simulated counts, or on --data
 
 Counts are simulated at 7% density unless `--data` is given. A stage's floor is the time of the
@@ -19,6 +20,7 @@ from pathlib import Path
 from benchmarks.data import load
 from benchmarks.hardware import hardware
 from benchmarks.realism import to_markdown
+from benchmarks.speed.disk import from_disk
 from benchmarks.speed.rivals import against_rivals
 from benchmarks.speed.sizes import flatness
 from benchmarks.speed.stages import simulated_counts, stage_table
@@ -30,6 +32,7 @@ def main() -> None:
     parser.add_argument("--genes", type=int, nargs="+", default=[2_000], help="widths (simulated)")
     parser.add_argument("--cells", type=int, default=10_000, help="cells to train on and generate")
     parser.add_argument("--sizes", type=int, nargs="+", help="only: cost per cell at these sizes")
+    parser.add_argument("--disk", action="store_true", help="only: training from files")
     parser.add_argument("--rivals", action="store_true", help="only: CFGen beside its rivals")
     parser.add_argument("--data", help="h5ad file, or 'demo'")
     parser.add_argument("--label-key", default="cell_type")
@@ -42,6 +45,11 @@ def main() -> None:
             adata = load(given.data)
             X, labels = adata.X.tocsr(), adata.obs[given.label_key].astype(str).to_numpy()
         print(to_markdown(against_rivals(X, labels, given.repeats), digits=2))
+    elif given.disk:
+        with tempfile.TemporaryDirectory() as folder:
+            table = from_disk(given.cells, given.genes[0], Path(folder))
+            print(f"\n{given.cells:,} cells x {given.genes[0]:,} genes\n")
+            print(to_markdown(table, digits=2))
     elif given.sizes:
         with tempfile.TemporaryDirectory() as folder:
             print(to_markdown(flatness(given.sizes, given.genes[0], Path(folder)), digits=2))
