@@ -17,20 +17,22 @@ import argparse
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.data import load
 from benchmarks.hardware import hardware
 from benchmarks.realism import to_markdown
 from benchmarks.speed.disk import from_disk
 from benchmarks.speed.rivals import against_rivals
 from benchmarks.speed.sizes import flatness
-from benchmarks.speed.stages import simulated_counts, stage_table
+from benchmarks.speed.stages import import_seconds, simulated_counts, stage_table
 
 
 def main() -> None:
     """Run from the command line; prints Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--genes", type=int, nargs="+", default=[2_000], help="widths (simulated)")
-    parser.add_argument("--cells", type=int, default=10_000, help="cells to train on and generate")
+    parser.add_argument("--cells", type=int, default=10_000, help="cells to train on, at most")
     parser.add_argument("--sizes", type=int, nargs="+", help="only: cost per cell at these sizes")
     parser.add_argument("--disk", action="store_true", help="only: training from files")
     parser.add_argument("--rivals", action="store_true", help="only: CFGen beside its rivals")
@@ -43,7 +45,9 @@ def main() -> None:
             X, labels = simulated_counts(given.cells, given.genes[0], seed=0)
         else:
             adata = load(given.data)
-            X, labels = adata.X.tocsr(), adata.obs[given.label_key].astype(str).to_numpy()
+            rows = np.random.default_rng(0).permutation(adata.n_obs)[: given.cells]
+            X, labels = adata.X.tocsr()[rows], adata.obs[given.label_key].astype(str).iloc[rows]
+            labels = labels.to_numpy()
         print(to_markdown(against_rivals(X, labels, given.repeats), digits=2))
     elif given.disk:
         with tempfile.TemporaryDirectory() as folder:
@@ -58,6 +62,7 @@ def main() -> None:
             X, labels = simulated_counts(given.cells, n_genes, seed=0)
             print(f"\n{given.cells:,} cells x {n_genes:,} genes\n")
             print(to_markdown(stage_table(X, labels, given.repeats), digits=2), flush=True)
+        print(f"\nimport cfgen_augment: {import_seconds():.3f} s")
     print(f"\n{hardware()}")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -113,6 +115,19 @@ def stage_table(X: sparse.csr_matrix, labels: NDArray, repeats: int) -> pd.DataF
         }
         rows = {name: _row(*work, repeats) for name, work in stages.items()}
     return pd.DataFrame(rows).T.rename_axis("stage")
+
+
+def import_seconds(repeats: int = 7) -> float:
+    """Wall seconds that ``import cfgen_augment`` takes in a fresh process, median."""
+    script = (
+        "import time; t = time.perf_counter(); import cfgen_augment; print(time.perf_counter() - t)"
+    )
+    command = [sys.executable, "-c", script]
+    taken = [
+        float(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+        for _ in range(repeats)
+    ]
+    return float(np.median(taken))
 
 
 def _row(work: Work, floor: Work, repeats: int) -> dict[str, float]:
