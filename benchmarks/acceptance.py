@@ -38,7 +38,7 @@ def criteria(seconds: float, table: pd.DataFrame, cost: pd.DataFrame) -> pd.Data
         ("mean expression, lowest correlation", large["mean corr"].min(), ">", 0.98),
         ("zero fraction, largest difference", large["zeros diff"].abs().max(), "<", 0.02),
         ("mean-variance slope, largest difference", large["slope diff"].abs().max(), "<", 0.05),
-        ("CPU of dopri5 over the default solver", cost["CPU ratio"].iloc[-1], ">", 5.0),
+        ("network calls of dopri5 over the default", cost["calls ratio"].iloc[-1], ">", 5.0),
     ]
     made = pd.DataFrame(rows, columns=["criterion", "measured", "wanted", "limit"])
     above = made["measured"] > made["limit"]
@@ -86,6 +86,7 @@ def solver_cost(model: CFGen, labels: np.ndarray, repeats: int) -> pd.DataFrame:
         index=["CPU s", "wall s", "network calls"],
     ).T
     table["CPU ratio"] = table["CPU s"] / table["CPU s"].iloc[0]
+    table["calls ratio"] = table["network calls"] / table["network calls"].iloc[0]
     return table.rename_axis("solver")
 
 

@@ -28,7 +28,8 @@ from cfgen_augment.likelihoods import NegativeBinomial
 from cfgen_augment.solver import make_solver
 
 
-def _thousandfold(embedding: flow._ScalarEmbedding, s: Tensor) -> Tensor:
+def thousandfold(embedding: flow._ScalarEmbedding, s: Tensor) -> Tensor:
+    """Embed a number in [0, 1] as the reference does: sinusoids of 1000 times it."""
     exponent = torch.arange(embedding.n_frequencies) / embedding.n_frequencies
     angle = 1000.0 * s * torch.exp(-math.log(1e4) * exponent)
     out: Tensor = embedding.mlp(torch.cat([angle.sin(), angle.cos()], dim=-1))
@@ -50,7 +51,7 @@ def _as_they_are(self: network.Network, latents: Tensor) -> Tensor:
 def _recipe() -> Iterator[None]:
     with ExitStack() as stack:
         for owner, name, other in (
-            (flow._ScalarEmbedding, "forward", _thousandfold),
+            (flow._ScalarEmbedding, "forward", thousandfold),
             (stages, "drop_attributes", _drop_whole_batch),
             (network.Network, "standardise", _as_they_are),
         ):
