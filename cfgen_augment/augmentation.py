@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import warnings
@@ -17,6 +18,7 @@ from cfgen_augment import __version__, annotated, checkpoint, files
 from cfgen_augment.attributes import check_attribute
 from cfgen_augment.counts import CellMatrix, rows_like
 from cfgen_augment.model import CFGen
+from cfgen_augment.processes import Processes, launched
 from cfgen_augment.sampler import CFGenSampler
 from cfgen_augment.stored import in_order, stack_rows
 
@@ -47,6 +49,7 @@ def augment(
     save_model: str | os.PathLike | None = None,
     overwrite_model: bool = False,
     device: str = "auto",
+    distributed: bool = False,
     random_state: int | np.random.RandomState | None = None,
     verbose: bool = False,
 ) -> AnnData:
@@ -67,7 +70,7 @@ def augment(
         Layer with the raw counts; None uses ``X``.
     sampling_strategy, exponent, min_cells, generator, covariates_from, likelihood
         As in `CFGenSampler`.
-    size_factor, max_epochs, solver, guidance, device, random_state, verbose
+    size_factor, max_epochs, solver, guidance, device, distributed, random_state, verbose
         As in `CFGenSampler`.
     key_added
         Column of obs that marks generated cells.
@@ -144,12 +147,18 @@ def augment(
         guidance=guidance,
         layer=layer,
         device=device,
+        distributed=distributed,
         random_state=random_state,
         verbose=verbose,
     )
-    blocks, columns = _train(sampler, adata, keys, key_added, save_model, overwrite_model)
-    cells = stack_rows(list(blocks))
-    result = annotated.append_cells(adata, cells, layer, key=key_added, columns=columns)
+    # In several processes each generates the whole result, which is to be in its memory.
+    together = launched(distributed, device)
+    with together.first_speaks():
+        blocks, columns = _train(
+            sampler, adata, keys, key_added, save_model, overwrite_model, together
+        )
+        cells = stack_rows(list(blocks))
+        result = annotated.append_cells(adata, cells, layer, key=key_added, columns=columns)
     result.uns["cfgen_augment"] = _provenance(sampler, keys, key_added, result, label_key)
     return result
 
@@ -178,6 +187,7 @@ def augment_file(
     save_model: str | os.PathLike | None = None,
     overwrite_model: bool = False,
     device: str = "auto",
+    distributed: bool = False,
     random_state: int | np.random.RandomState | None = None,
     verbose: bool = False,
 ) -> AnnData:
@@ -201,11 +211,16 @@ def augment_file(
         Whether a file at `output`, which may be the input, may be replaced.
     save_model, overwrite_model, device, random_state, verbose
         As in `augment`. A model is kept even if writing the result fails.
+    distributed
+        Whether several processes, started by ``torchrun`` or ``srun``, make this call to train
+        one model and to generate its cells together, each a share of them. Each reads the
+        input. The shares wait beside the output, in a directory that all processes must be able
+        to write to, until the first process puts them together there.
 
     Returns
     -------
     AnnData
-        Annotation of what was written (obs, var, uns), without the counts.
+        Annotation of what was written (obs, var, uns), without the counts; in every process.
 
     Raises
     ------
@@ -215,6 +230,8 @@ def augment_file(
         If the output exists and may not be replaced; before anything is read.
     OSError
         If the output cannot be written.
+    RuntimeError
+        If another process failed to write.
     KeyError, ValueError, TypeError
         As `augment`; also if the output's name ends in something else.
 
@@ -262,32 +279,81 @@ def augment_file(
         guidance=guidance,
         layer=layer,
         device=device,
+        distributed=distributed,
         random_state=random_state,
         verbose=verbose,
     )
-    with files.replacing(Path(output)) as place, files.opened(Path(input)) as adata:
-        blocks, columns = _train(sampler, adata, keys, key_added, save_model, overwrite_model)
-        real = annotated.counts(adata, layer)
-        if getattr(real, "format", "csr") == "csc":  # columns cannot grow row by row
-            result = annotated.append_cells(
-                adata, stack_rows(list(blocks)), layer, key=key_added, columns=columns
+    together = launched(distributed, device)
+    share = together.rank, together.size
+    result: AnnData | None = None
+    with together.first_speaks():
+        with contextlib.ExitStack() as stack:
+            # The first process alone writes; when the stack unwinds the output is in its place.
+            place = (
+                stack.enter_context(files.replacing(Path(output))) if together.is_first else None
             )
-            result.uns["cfgen_augment"] = _provenance(sampler, keys, key_added, result, label_key)
-            files.write_whole(result, place, named=Path(output))
-            del result.X, result.layers
-            return result
-        n_new = len(columns[label_key])
-        result, layers, dropped = annotated.extended(
-            adata, real, n_new, layer, key=key_added, columns=columns
+            adata = stack.enter_context(files.opened(Path(input)))
+            blocks, columns = _train(
+                sampler, adata, keys, key_added, save_model, overwrite_model, together, share
+            )
+            if together.size > 1:
+                blocks = _through_shards(blocks, place, together)
+            with together.all_or_none():
+                if place is not None:
+                    result = _write(
+                        sampler, adata, layer, keys, key_added, blocks, columns, place, Path(output)
+                    )
+        written: AnnData = together.agree(result)
+    return written
+
+
+def _through_shards(
+    blocks: Iterator[CellMatrix], place: Path | None, together: Processes
+) -> Iterator[CellMatrix]:
+    """Write one's own blocks beside the output, and read everyone's, in order.
+
+    Cells go from process to process by way of the disk; no memory holds more than a block.
+    """
+    beside = Path(together.agree(str(place)))
+    shards = [beside.with_name(f"{beside.name}-{rank}") for rank in range(together.size)]
+    with together.first_repeats(), together.all_or_none():
+        files.write_shard(shards[together.rank], blocks)
+    return files.read_shards(shards)
+
+
+def _write(
+    sampler: CFGenSampler,
+    adata: AnnData,
+    layer: str | None,
+    keys: Mapping[str, str | None],
+    key_added: str,
+    blocks: Iterator[CellMatrix],
+    columns: Mapping[str, NDArray],
+    place: Path,
+    output: Path,
+) -> AnnData:
+    """Write real and generated cells to `place`, which is to become `output`."""
+    label_key = str(keys["label_key"])
+    real = annotated.counts(adata, layer)
+    if getattr(real, "format", "csr") == "csc":  # columns cannot grow row by row
+        result = annotated.append_cells(
+            adata, stack_rows(list(blocks)), layer, key=key_added, columns=columns
         )
         result.uns["cfgen_augment"] = _provenance(sampler, keys, key_added, result, label_key)
-        if dropped:
-            warnings.warn(dropped, UserWarning, stacklevel=2)
-        cells = itertools.chain(
-            (block for _, block in in_order(real)),
-            (rows_like(b, real.dtype, is_sparse=annotated.is_sparse(real)) for b in blocks),
-        )
-        files.write(result, place, cells, layers, named=Path(output))
+        files.write_whole(result, place, named=output)
+        del result.X, result.layers
+        return result
+    result, layers, dropped = annotated.extended(
+        adata, real, len(columns[label_key]), layer, key=key_added, columns=columns
+    )
+    result.uns["cfgen_augment"] = _provenance(sampler, keys, key_added, result, label_key)
+    if dropped:
+        warnings.warn(dropped, UserWarning, stacklevel=3)
+    cells = itertools.chain(
+        (block for _, block in in_order(real)),
+        (rows_like(b, real.dtype, is_sparse=annotated.is_sparse(real)) for b in blocks),
+    )
+    files.write(result, place, cells, layers, named=output)
     return result
 
 
@@ -298,18 +364,21 @@ def _train(
     key_added: str,
     save_model: str | os.PathLike | None,
     overwrite_model: bool,
+    together: Processes,
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[Iterator[CellMatrix], dict[str, NDArray]]:
     """Check everything, train, and save the model.
 
     Returns
     -------
     blocks : iterator of matrices
-        The generated cells, not generated yet.
+        The `share` of the generated cells, not generated yet.
     columns : dict of str to ndarray
-        Columns of obs that are generated with them.
+        Columns of obs that are generated with all of them.
     """
     if save_model is not None:
-        checkpoint.check_destination(Path(save_model), overwrite=overwrite_model)
+        with together.all_or_none():  # nobody goes on to write there before all have looked
+            checkpoint.check_destination(Path(save_model), overwrite=overwrite_model)
     columns_used = [key for key in keys.values() if key is not None]
     if len(set(columns_used)) < len(columns_used):
         raise ValueError(
@@ -327,9 +396,13 @@ def _train(
         values["label_key"],
         donor=values.get("donor_key"),
         batch=values.get("batch_key"),
+        share=share,
     )
     if save_model is not None:
-        sampler.generator_.save(save_model, overwrite=overwrite_model)
+        together.gather(None)  # a model at that place may have been the generator
+        with together.all_or_none():
+            if together.is_first:
+                sampler.generator_.save(save_model, overwrite=overwrite_model)
     columns = {str(keys["label_key"]): labels}
     for role, name in (("donor_key", "donor"), ("batch_key", "batch")):
         if (key := keys[role]) is not None:
@@ -382,7 +455,7 @@ def _provenance(
         given["generator"] = type(model).__name__
     parameters = {}
     for name, value in {**keys, **given}.items():
-        if value is None or name in ("random_state", "verbose"):
+        if value is None or name in ("random_state", "verbose", "distributed"):
             continue
         plain = isinstance(value, (str, bool, Number))
         parameters[name] = value if plain else getattr(value, "__name__", str(value))

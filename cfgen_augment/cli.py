@@ -90,6 +90,11 @@ def parser() -> argparse.ArgumentParser:
         "--max-epochs", type=int, metavar="N", help="most epochs of both stages (default: auto)"
     )
     made.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    made.add_argument(
+        "--distributed",
+        action="store_true",
+        help="share the work among processes started by torchrun or srun",
+    )
     made.add_argument("--seed", type=int, metavar="N", help="seed; the same seed, the same cells")
     model = made.add_mutually_exclusive_group()
     model.add_argument("--save-model", type=Path, metavar="DIR", help="keep the trained model")
@@ -128,19 +133,27 @@ def _run(given: argparse.Namespace) -> int:
         return _fail(*refusal)
     from cfgen_augment import checkpoint
     from cfgen_augment.model import CFGen
+    from cfgen_augment.processes import launched
     from cfgen_augment.training import resolve_device
 
     try:
-        resolve_device(given.device)
+        together = launched(given.distributed, given.device)
+        device = together.own_device(given.device)
+        resolve_device(device)
         if given.save_model is not None:
             checkpoint.check_destination(given.save_model, overwrite=given.force)
     except FileExistsError as error:
         return _fail(OUTPUT_EXISTS, str(error))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         return _fail(BAD_INPUT, str(error))
+    except RuntimeError as error:  # the processes did not find each other
+        return _fail(FAILED, str(error))
+    # Each process says what it fails of, as another may have ended before it could; all else is
+    # for the first one to say.
+    given.quiet = given.quiet or not together.is_first
     if given.model is not None:
         try:
-            CFGen.load(given.model, device=given.device)
+            CFGen.load(given.model, device=device)
         except (OSError, ValueError) as error:
             return _fail(UNREADABLE, str(error))
     return _augment(given)
@@ -207,6 +220,7 @@ def _augment(given: argparse.Namespace) -> int:
                 save_model=given.save_model,
                 overwrite_model=given.force,
                 device=given.device,
+                distributed=given.distributed,
                 random_state=given.seed,
                 verbose=not given.quiet,
             )

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import sparse
 
 from cfgen_augment.counts import CellMatrix
-from cfgen_augment.stored import UnreadableError, stack_rows
+from cfgen_augment.stored import UnreadableError, as_stored, in_order, stack_rows
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -301,6 +301,41 @@ def _gathered(blocks: Iterable[CellMatrix]) -> Iterator[CellMatrix]:
             waiting, values = [], 0
     if waiting:
         yield stack_rows(waiting)
+
+
+# -------------------------------------------------------------------- shards
+
+
+def write_shard(path: Path, blocks: Iterable[CellMatrix]) -> None:
+    """Write blocks of cells, and nothing else, to a file of their own.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; what `blocks` raises comes through as it is.
+    """
+    import h5py
+
+    with contextlib.ExitStack() as stack:
+        with _writing(path):
+            growing = _Growing(stack.enter_context(h5py.File(path, "w")), "X")
+        for block in _gathered(blocks):
+            with _writing(path):
+                growing.append(block)
+        with _writing(path):
+            growing.finish()
+            stack.close()
+
+
+def read_shards(paths: Iterable[Path]) -> Iterator[CellMatrix]:
+    """Cells of files by `write_shard`, one file after the other, block by block."""
+    import h5py
+
+    for path in paths:
+        with h5py.File(path, "r") as store:
+            X = as_stored(_matrix(store["X"]))
+            for _, block in in_order(X):
+                yield block
 
 
 class _Growing:

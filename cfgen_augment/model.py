@@ -19,6 +19,7 @@ from cfgen_augment.counts import CellMatrix, as_dtype, check_cells, total_counts
 from cfgen_augment.likelihoods import value_kind
 from cfgen_augment.network import Network
 from cfgen_augment.parameters import RandomState, check_parameters, entropy, pair
+from cfgen_augment.processes import Processes, launched
 from cfgen_augment.saved import SavedModel
 from cfgen_augment.size_factors import LogNormalSizeFactor
 from cfgen_augment.solver import (
@@ -102,6 +103,10 @@ class CFGen(SavedModel):
         them by Eq. 10, those not named with weight 1.
     device : str
         ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+    distributed : bool
+        Whether `fit` is called in several processes, started by ``torchrun`` or ``srun``, which
+        are to train one model together. Each must call it with the same input and parameters,
+        and has the whole model afterwards.
     random_state : int, Generator, RandomState or None
         Seed of everything random in `fit`, and the default of `generate`.
     verbose : bool
@@ -182,6 +187,7 @@ class CFGen(SavedModel):
         n_steps: int = 5,
         guidance: float | Mapping[str, float] = 1.0,
         device: str = "auto",
+        distributed: bool = False,
         random_state: RandomState = None,
         verbose: bool = False,
     ) -> None:
@@ -203,6 +209,7 @@ class CFGen(SavedModel):
         self.n_steps = n_steps
         self.guidance = guidance
         self.device = device
+        self.distributed = distributed
         self.random_state = random_state
         self.verbose = verbose
 
@@ -243,13 +250,15 @@ class CFGen(SavedModel):
             If a parameter, the matrix or an annotation is not what is described above; raised
             before any training.
         ImportError
-            If the solver needs torchdyn and it is not installed.
+            If the solver needs torchdyn, or `distributed` Lightning Fabric, and it is not
+            installed.
         FloatingPointError
             If training diverges.
         """
         check_parameters(self.__dict__)
         check_solver(self.solver)
-        device = resolve_device(self.device)
+        processes = launched(bool(self.distributed), self.device)
+        device = resolve_device(processes.own_device(self.device))
         given = self._check_attributes(labels, covariates)
         X = check_cells(X, value_kind(self.likelihood), n_min=2)
         for name, values in given.items():
@@ -271,7 +280,7 @@ class CFGen(SavedModel):
         totals = total_counts(X) if scaled else np.ones(X.shape[0])
         self.size_factor_ = LogNormalSizeFactor.fit(totals, *self._size_factor_groups(codes))
 
-        seeds = np.random.SeedSequence(entropy(self.random_state)).spawn(3)
+        seeds = np.random.SeedSequence(processes.agree(entropy(self.random_state))).spawn(3)
         split, for_autoencoder, for_flow = (np.random.default_rng(seed) for seed in seeds)
         rows, held_out = hold_out(codes[:, 0], self.validation_fraction, split)
         schedules = self._schedules(len(rows))
@@ -287,10 +296,11 @@ class CFGen(SavedModel):
                 device=device,
                 random=for_autoencoder,
                 verbose=self.verbose,
+                processes=processes,
             )
         }
-        match_dispersion(network.autoencoder, X, codes[:, 0], totals, device)
-        latents = network.standardise(encode_cells(network.autoencoder, X, device))
+        match_dispersion(network.autoencoder, X, codes[:, 0], totals, device, processes)
+        latents = network.standardise(encode_cells(network.autoencoder, X, device, processes))
         history["flow"] = train_flow(
             network.field,
             latents,
@@ -302,6 +312,7 @@ class CFGen(SavedModel):
             schedule=schedules[1],
             random=for_flow,
             verbose=self.verbose,
+            processes=processes,
         )
         self.network_, self.history_ = network.requires_grad_(False), history
         return self
@@ -457,6 +468,7 @@ class CFGen(SavedModel):
         size_factors: ArrayLike | None = None,
         latents: ArrayLike | None = None,
         random_state: RandomState = None,
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[sparse.csr_matrix | NDArray]:
         """Generate the same cells as `generate`, a block of rows at a time.
 
@@ -464,21 +476,27 @@ class CFGen(SavedModel):
         attributes and its total). Everything is checked here, before the first block is asked
         for.
 
+        Every block has a seed of its own, so that several processes can each generate a share of
+        the blocks, and together what one would.
+
         Parameters
         ----------
         labels, n_cells, covariates, guidance, size_factors, latents, random_state
             As in `generate`.
+        share
+            Which of how many nearly equal shares of the blocks to generate, from ``(0, n)`` to
+            ``(n - 1, n)``. All else is that of all cells.
 
         Returns
         -------
         iterator of CSR matrices (or ndarrays) of shape (n_block, n_features)
-            At least one block, empty if no cells are wanted. One below the other they are what
-            `generate` returns.
+            At least one block, empty if no cells are wanted. One below the other, and the shares
+            likewise, they are what `generate` returns.
 
         Raises
         ------
         RuntimeError, ValueError
-            As `generate`.
+            As `generate`; also if there is no such share.
 
         Warns
         -----
@@ -497,6 +515,12 @@ class CFGen(SavedModel):
         """
         self._check_fitted()
         check_parameters(self.__dict__)
+        which, n_shares = share
+        if not 0 <= which < n_shares:
+            raise ValueError(
+                f"share: expected (which, of how many), counted from zero; got {share}. Pass "
+                "(0, n) to (n - 1, n)."
+            )
         wanted, n = self._check_wanted(labels, covariates, n_cells)
         codes = self.attributes_.encode(wanted, n)
         terms = self.attributes_.terms(
@@ -517,11 +541,17 @@ class CFGen(SavedModel):
         seed = self.random_state if random_state is None else random_state
         random = np.random.default_rng(entropy(seed))
         totals = self._totals(size_factors, codes, random)
-        generator = seeded(random, self.device_)
+        rows = block_rows(self.n_features_in_)
+        seeds = random.integers(2**63, size=math.ceil(n / rows))
         solver = None
         if latents is None and n:
             solver = self._solver(codes, terms, totals, random)
-        return self._drawn(codes, terms, totals, solver, latents, generator)
+        own = Processes(which, n_shares).share(len(seeds))
+        blocks = [
+            (slice(i * rows, min((i + 1) * rows, n)), int(seeds[i]))
+            for i in range(own.start, own.stop)
+        ]
+        return self._drawn(codes, terms, totals, solver, latents, blocks, show=which == 0)
 
     def _drawn(
         self,
@@ -530,17 +560,17 @@ class CFGen(SavedModel):
         totals: NDArray[np.float64],
         solver: Solver | None,
         latents: NDArray[np.float32] | None,
-        generator: torch.Generator,
+        blocks: Sequence[tuple[slice, int]],
+        *,
+        show: bool,
     ) -> Iterator[sparse.csr_matrix | NDArray]:
-        """Blocks of cells in the training data's dtype; at least one, which may be empty."""
-        n = len(codes)
-        if not n:
+        """Cells of blocks (rows and seed), in the training data's dtype; at least one block."""
+        if not blocks:
             yield self._empty()
         too_large = 0
-        block_size = block_rows(self.n_features_in_)
-        starts = range(0, n, block_size)
-        for start in tqdm(starts, desc="generate", unit="block", disable=not self.verbose):
-            block = slice(start, min(start + block_size, n))
+        hidden = not (self.verbose and show)
+        for block, seed in tqdm(blocks, desc="generate", unit="block", disable=hidden):
+            generator = torch.Generator(self.device_).manual_seed(seed)
             given = None if latents is None else latents[block]
             drawn = self._generate_block(
                 codes[block], terms, totals[block], solver, given, generator

@@ -94,6 +94,7 @@ _RULES: dict[str, tuple[Any, str]] = {
     ),
     "solver": (lambda v: v in SOLVERS, f"one of {SOLVERS}"),
     "n_steps": _COUNT,
+    "distributed": (lambda v: isinstance(v, (bool, np.bool_)), "True or False"),
     "guidance": (
         lambda v: isinstance(v, Mapping) or _real(-np.inf)(v),
         "a number, or a mapping from attributes to numbers",

@@ -26,6 +26,7 @@ from cfgen_augment.counts import CellMatrix, append_rows, check_cells
 from cfgen_augment.likelihoods import value_kind
 from cfgen_augment.model import LABEL, CFGen
 from cfgen_augment.parameters import check_parameters, entropy
+from cfgen_augment.processes import Processes, launched
 from cfgen_augment.solver import check_solver
 from cfgen_augment.stored import stack_rows
 from cfgen_augment.training import resolve_device
@@ -98,6 +99,9 @@ class CFGenSampler(BaseOverSampler):
         For AnnData: the layer that holds the raw counts; None uses ``X``.
     device : str, default="auto"
         ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+    distributed : bool, default=False
+        Whether several processes, started by ``torchrun`` or ``srun``, call `fit_resample` with
+        the same input to train one model together. Each then generates all cells.
     random_state : int, RandomState instance or None, default=None
         Seed of training and generation.
     verbose : bool, default=False
@@ -174,6 +178,7 @@ class CFGenSampler(BaseOverSampler):
         "guidance": [Interval(Real, None, None, closed="neither"), Mapping, None],
         "layer": [str, None],
         "device": [str],
+        "distributed": ["boolean"],
         "random_state": ["random_state"],
         "verbose": ["boolean"],
     }
@@ -199,6 +204,7 @@ class CFGenSampler(BaseOverSampler):
         guidance: float | Mapping[str, float] | None = None,
         layer: str | None = None,
         device: str = "auto",
+        distributed: bool = False,
         random_state: int | np.random.RandomState | None = None,
         verbose: bool = False,
     ) -> None:
@@ -220,6 +226,7 @@ class CFGenSampler(BaseOverSampler):
         self.guidance = guidance
         self.layer = layer
         self.device = device
+        self.distributed = distributed
         self.random_state = random_state
         self.verbose = verbose
 
@@ -291,26 +298,28 @@ class CFGenSampler(BaseOverSampler):
             If types have fewer than `min_cells` cells and so are not generated.
         """
         self._validate_params()
-        if annotated.is_anndata(X):
-            annotated.check_extendable(X, annotated.SYNTHETIC)
-            container = None
-        else:
-            container = ArraysTransformer(X, y)
-        cells, labels, one_vs_all = self._check_X_y(X, y)
-        blocks, new_labels = self._synthesise(cells, labels, donor=donor, batch=batch)
-        new = stack_rows(list(blocks))
-        y_resampled = np.concatenate([labels, new_labels])
-        if container is None:
-            resampled = annotated.append_cells(X, new, self.layer)
-            y_resampled = ArraysTransformer(y, y).transform(y_resampled, y_resampled)[1]
-            if hasattr(y_resampled, "iloc"):
-                y_resampled.index = resampled.obs_names
-            return resampled, y_resampled
-        new = _hold_to_columns(new, getattr(X, "dtypes", ()))
-        if one_vs_all:
-            y_resampled = (y_resampled[:, None] == np.unique(labels)).astype(np.asarray(y).dtype)
-        X_resampled, y_resampled = container.transform(append_rows(cells, new), y_resampled)
-        return X_resampled, y_resampled
+        with self._processes().first_speaks():
+            if annotated.is_anndata(X):
+                annotated.check_extendable(X, annotated.SYNTHETIC)
+                container = None
+            else:
+                container = ArraysTransformer(X, y)
+            cells, labels, one_vs_all = self._check_X_y(X, y)
+            blocks, new_labels = self._synthesise(cells, labels, donor=donor, batch=batch)
+            new = stack_rows(list(blocks))
+            y_resampled = np.concatenate([labels, new_labels])
+            if container is None:
+                resampled = annotated.append_cells(X, new, self.layer)
+                y_resampled = ArraysTransformer(y, y).transform(y_resampled, y_resampled)[1]
+                if hasattr(y_resampled, "iloc"):
+                    y_resampled.index = resampled.obs_names
+                return resampled, y_resampled
+            new = _hold_to_columns(new, getattr(X, "dtypes", ()))
+            if one_vs_all:
+                one_hot = y_resampled[:, None] == np.unique(labels)
+                y_resampled = one_hot.astype(np.asarray(y).dtype)
+            X_resampled, y_resampled = container.transform(append_rows(cells, new), y_resampled)
+            return X_resampled, y_resampled
 
     def synthesise(
         self,
@@ -346,6 +355,7 @@ class CFGenSampler(BaseOverSampler):
         *,
         donor: ArrayLike | None = None,
         batch: ArrayLike | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> tuple[Iterator[CellMatrix], NDArray]:
         """Train, and leave the cells of `synthesise` to be generated block by block.
 
@@ -353,23 +363,35 @@ class CFGenSampler(BaseOverSampler):
         ----------
         X, y, donor, batch
             As in `fit_resample`.
+        share
+            Which of how many shares of the blocks to generate; see `CFGen.generate_blocks`.
 
         Returns
         -------
         blocks : iterator of CSR matrices or ndarrays of shape (n_block, n_features)
             Generated cells; see `CFGen.generate_blocks`.
         labels : ndarray of shape (n_new,)
-            Their labels.
+            Labels of the cells of all shares.
         """
         self._validate_params()
         cells, labels, _ = self._check_X_y(X, y)
-        return self._synthesise(cells, labels, donor=donor, batch=batch)
+        return self._synthesise(cells, labels, donor=donor, batch=batch, share=share)
+
+    def _processes(self) -> Processes:
+        return launched(bool(self.distributed), self.device)
+
+    def _own_device(self) -> str:
+        return self._processes().own_device(self.device)
 
     def _synthesise(
-        self, cells: CellMatrix, labels: NDArray, **per_cell: ArrayLike | None
+        self,
+        cells: CellMatrix,
+        labels: NDArray,
+        share: tuple[int, int] = (0, 1),
+        **per_cell: ArrayLike | None,
     ) -> tuple[Iterator[CellMatrix], NDArray]:
         model, matrix, covariates = self._plan(cells, labels, **per_cell)
-        self.random_seed_ = entropy(self.random_state)
+        self.random_seed_ = self._processes().agree(entropy(self.random_state))
         for_draw, for_fit, for_generate = np.random.SeedSequence(self.random_seed_).spawn(3)
         if not _is_fitted(model):
             model.random_state = int(for_fit.generate_state(1)[0])
@@ -387,6 +409,7 @@ class CFGenSampler(BaseOverSampler):
             new_labels,
             covariates=new_covariates,
             random_state=int(for_generate.generate_state(1)[0]),
+            share=share,
         )
         self.is_synthetic_ = np.repeat([False, True], [len(labels), len(new_labels)])
         self.covariates_ = {
@@ -507,7 +530,12 @@ class CFGenSampler(BaseOverSampler):
 
     def _own_generator(self) -> CFGen:
         parameters = {name: getattr(self, name) for name in _TRAINING}
-        return CFGen(**parameters, device=self.device, verbose=self.verbose)
+        return CFGen(
+            **parameters,
+            device=self.device,
+            distributed=self.distributed,
+            verbose=self.verbose,
+        )
 
     def _given_generator(self, given: CFGen | str | os.PathLike) -> CFGen:
         defaults = inspect.signature(type(self).__init__).parameters
@@ -518,23 +546,24 @@ class CFGenSampler(BaseOverSampler):
                 "generator at None."
             )
         if not isinstance(given, CFGen):
-            model = CFGen.load(given, device=self.device)
+            model = CFGen.load(given, device=self._own_device())
             model.verbose = self.verbose
             return model
         if not _is_fitted(given):
             template = copy.deepcopy(given)
             if self.device != "auto":
                 template.device = self.device
+            template.distributed = self.distributed or template.distributed
             return template
         # Not copy.copy: like pickling, it would copy the network, and to the CPU.
         model = type(given).__new__(type(given))
         model.__dict__.update(given.__dict__)
         if self._must_move(model):
-            model = copy.deepcopy(model).to(self.device)
+            model = copy.deepcopy(model).to(self._own_device())
         return model
 
     def _must_move(self, model: CFGen) -> bool:
-        wanted = resolve_device(self.device)
+        wanted = resolve_device(self._own_device())
         if self.device == "auto" and (model.device == "cpu" or model.device_.type != "cpu"):
             return False  # it is where its owner put it, not where cloning or pickling did
         return (wanted.type, wanted.index or 0) != (model.device_.type, model.device_.index or 0)

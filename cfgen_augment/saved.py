@@ -142,9 +142,9 @@ class SavedModel:
         self._restore_network(tensors)
 
     def _parameters(self) -> dict[str, Any]:
-        """Constructor parameters that a saved model keeps: not the device, not live generators."""
+        """Constructor parameters that a saved model keeps: not where it ran, no live generators."""
         names = inspect.signature(type(self).__init__).parameters.keys()
-        kept = names - {"self", "device", "random_state"}
+        kept = names - {"self", "device", "distributed", "random_state"}
         parameters = {name: getattr(self, name) for name in sorted(kept)}
         parameters["random_state"] = (
             int(self.random_state) if isinstance(self.random_state, Integral) else None

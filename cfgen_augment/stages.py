@@ -16,6 +16,7 @@ from cfgen_augment.counts import CellMatrix, dense_rows, feature_moments
 from cfgen_augment.flow import VelocityField, drop_attributes, flow_matching_loss
 from cfgen_augment.likelihoods import NegativeBinomial
 from cfgen_augment.minibatch import supply
+from cfgen_augment.processes import ALONE, Processes
 from cfgen_augment.stored import buffers, in_order, keep
 from cfgen_augment.training import History, Schedule, initialise, minibatches, seeded, train
 
@@ -58,6 +59,7 @@ def train_autoencoder(
     device: torch.device,
     random: np.random.Generator,
     verbose: bool,
+    processes: Processes = ALONE,
 ) -> History:
     """Train `model` from scratch by maximum likelihood and leave it on `device`.
 
@@ -75,6 +77,8 @@ def train_autoencoder(
         Learning rate, epochs, batch size and patience.
     device, random, verbose
         Where to train, the source of randomness, and whether to show progress.
+    processes
+        Those that train together: each minibatch is shared out among them.
     """
     initialise(model, seeded(random, torch.device("cpu")))
     mean, variance = feature_moments(X)
@@ -82,31 +86,41 @@ def train_autoencoder(
     with torch.no_grad():
         model.output_bias.copy_(bias)
     model.to(device)
-    X = keep(X, held_out)
+    held_here = held_out[processes.share(len(held_out))]
+    X = keep(X, held_here)
     cells = supply(X, model.likelihood.values, device)
     log_totals = torch.as_tensor(np.log(totals), dtype=torch.float32, device=device)[:, None]
     group_codes = torch.as_tensor(groups, device=device)
 
+    def mean_loss(rows: NDArray[np.intp]) -> Tensor:
+        at = torch.from_numpy(rows).to(device, non_blocking=True)
+        return model.negative_log_likelihood(cells(rows), log_totals[at], group_codes[at])
+
     def loss(batch: NDArray[np.intp]) -> Tensor:
-        at = torch.from_numpy(batch).to(device, non_blocking=True)
-        return model.negative_log_likelihood(cells(batch), log_totals[at], group_codes[at])
+        here = batch[processes.share(len(batch))]
+        return processes.part(mean_loss(here), len(here), len(batch))
 
     def validate() -> float:
-        parts = list(minibatches(held_out, block_rows(X.shape[1])))
-        return float(sum(loss(part) * len(part) for part in parts)) / len(held_out)
+        total = torch.zeros((), device=device)
+        parts = minibatches(held_here, block_rows(X.shape[1])) if len(held_here) else ()
+        for part in parts:
+            total += mean_loss(part) * len(part)
+        return float(processes.sum(total)) / len(held_out)
 
-    return train(
-        model,
-        loss,
-        validate,
-        rows=rows,
-        optimizer=autoencoder_optimizer(model, schedule.learning_rate),
-        schedule=schedule,
-        random=random,
-        description="autoencoder",
-        verbose=verbose,
-        groups=partial(buffers, X),
-    )
+    with processes.whole_minibatches(model):
+        return train(
+            model,
+            loss,
+            validate,
+            rows=rows,
+            optimizer=autoencoder_optimizer(model, schedule.learning_rate),
+            schedule=schedule,
+            random=random,
+            description="autoencoder",
+            verbose=verbose,
+            groups=partial(buffers, X),
+            processes=processes,
+        )
 
 
 @torch.inference_mode()
@@ -116,6 +130,7 @@ def match_dispersion(
     labels: NDArray[np.int64],
     totals: NDArray[np.float64],
     device: torch.device,
+    processes: Processes = ALONE,
 ) -> None:
     """Set the noise model's dispersion by the second moments of cells within labels.
 
@@ -126,7 +141,7 @@ def match_dispersion(
         return
     n_labels = int(labels.max()) + 1
     sums = np.zeros((4, n_labels, X.shape[1]))  # of x, x^2, mu, mu^2
-    for rows, block in in_order(X, block_rows(X.shape[1])):
+    for rows, block in in_order(X, block_rows(X.shape[1]), processes.share(X.shape[0])):
         x = dense_rows(block, slice(None))
         log_size = torch.as_tensor(np.log(totals[rows]), dtype=torch.float32, device=device)
         latents = model.encode(torch.from_numpy(x).to(device))
@@ -136,6 +151,7 @@ def match_dispersion(
         )
         for total, values in zip(sums, (x, np.square(x), mu, np.square(mu)), strict=True):
             total += membership @ values
+    sums = processes.sum(torch.from_numpy(sums).to(device)).cpu().numpy()
     cells = np.bincount(labels, minlength=n_labels).astype(np.float64)
     x, x_square, mu, mu_square = sums
     within_x = x_square - x**2 / cells[:, None]
@@ -144,13 +160,15 @@ def match_dispersion(
 
 
 @torch.inference_mode()
-def encode_cells(model: Autoencoder, X: CellMatrix, device: torch.device) -> Tensor:
-    """Latents of all cells, ``(n_cells, n_latent)``, block by block."""
+def encode_cells(
+    model: Autoencoder, X: CellMatrix, device: torch.device, processes: Processes = ALONE
+) -> Tensor:
+    """Latents of all cells, ``(n_cells, n_latent)``, block by block; each process its share."""
     n_latent: int = model.encoder[-1].out_features  # type: ignore[assignment]
-    latents = torch.empty((X.shape[0], n_latent), device=device)
-    for rows, block in in_order(X, block_rows(X.shape[1])):
+    latents = torch.zeros((X.shape[0], n_latent), device=device)
+    for rows, block in in_order(X, block_rows(X.shape[1]), processes.share(X.shape[0])):
         latents[rows] = model.encode(torch.from_numpy(dense_rows(block, slice(None))).to(device))
-    return latents
+    return processes.sum(latents)  # what others encoded is zero here
 
 
 def train_flow(
@@ -165,6 +183,7 @@ def train_flow(
     schedule: Schedule,
     random: np.random.Generator,
     verbose: bool,
+    processes: Processes = ALONE,
 ) -> History:
     """Train `field` from scratch by Flow Matching and leave it where the latents are.
 
@@ -177,7 +196,7 @@ def train_flow(
         ``(n_cells, n_attributes)`` and scaled log size factors ``(n_cells, 1)`` or None.
     dropout
         Share of cells that see no attribute.
-    rows, held_out, schedule, random, verbose
+    rows, held_out, schedule, random, verbose, processes
         As in `train_autoencoder`.
     """
     device = latents.device
@@ -188,18 +207,24 @@ def train_flow(
     validation_seed = int(random.integers(2**63))
 
     def loss_with(batch: NDArray[np.intp], generator: torch.Generator) -> Tensor:
+        # Every process draws for the whole minibatch, so that its own cells get what they would
+        # get if it were alone.
+        share = processes.share(len(batch))
         at = torch.from_numpy(batch).to(device)
         given = drop_attributes(attributes[at], dropout, generator)
         size = None if log_size is None else log_size[at]
-        return flow_matching_loss(field, latents[at], given, size, generator)
+        mean = flow_matching_loss(field, latents[at], given, size, generator, share)
+        return processes.part(mean, share.stop - share.start, len(batch))
 
     def validate() -> float:
         # The same noise, times and dropped attributes in every epoch, and enough of them that a
         # small held-out part does not stop training by chance.
         generator = torch.Generator(device).manual_seed(validation_seed)
         repeated = np.tile(held_out, -(-_VALIDATION_DRAWS // len(held_out)))
-        parts = list(minibatches(repeated, _VALIDATION_DRAWS))
-        return float(sum(loss_with(p, generator) * len(p) for p in parts)) / len(repeated)
+        total = torch.zeros((), device=device)
+        for part in minibatches(repeated, _VALIDATION_DRAWS):
+            total += loss_with(part, generator) * len(part)
+        return float(processes.sum(total)) / len(repeated)
 
     return train(
         field,
@@ -213,4 +238,5 @@ def train_flow(
         random=random,
         description="flow",
         verbose=verbose,
+        processes=processes,
     )

@@ -178,11 +178,11 @@ class StoredCells:
         """All cells."""
         return self.read(0, self.shape[0])
 
-    def in_order(self, n_rows: int) -> Iterator[tuple[slice, Any]]:
-        """All cells, `n_rows` at a time; see the function `in_order`."""
-        n_cells = self.shape[0]
+    def in_order(self, n_rows: int, among: slice = slice(None)) -> Iterator[tuple[slice, Any]]:
+        """All cells, or those `among`, `n_rows` at a time; see the function `in_order`."""
+        first, last, _ = among.indices(self.shape[0])
         step = max(self._buffer_rows // n_rows, 1) * n_rows
-        bounds = [(start, min(start + step, n_cells)) for start in range(0, n_cells, step)]
+        bounds = [(start, min(start + step, last)) for start in range(first, last, step)]
         reads = (partial(self.read, *bound) for bound in bounds)
         for (begin, _), block in zip(bounds, read_ahead(reads), strict=True):
             for start in range(0, block.shape[0], n_rows):
@@ -266,17 +266,20 @@ def rows_with(X: Any, n_values: int) -> int:
     return max(int(n_values * X.shape[0] / max(n_stored, X.shape[0], 1)), 1)
 
 
-def in_order(X: Any, n_rows: int | None = None) -> Iterator[tuple[slice, Any]]:
-    """All cells of a matrix, `n_rows` at a time: which rows, and the rows in memory.
+def in_order(
+    X: Any, n_rows: int | None = None, among: slice = slice(None)
+) -> Iterator[tuple[slice, Any]]:
+    """All cells of a matrix, or those `among`, `n_rows` at a time: which, and they in memory.
 
     None takes as many as memory should hold at a time.
     """
     n_rows = rows_with(X, _BUFFER_VALUES) if n_rows is None else n_rows
     if isinstance(X, StoredCells):
-        yield from X.in_order(n_rows)
+        yield from X.in_order(n_rows, among)
         return
-    for start in range(0, X.shape[0], n_rows):
-        rows = slice(start, min(start + n_rows, X.shape[0]))
+    first, last, _ = among.indices(X.shape[0])
+    for start in range(first, last, n_rows):
+        rows = slice(start, min(start + n_rows, last))
         yield rows, X[rows]
 
 

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from cfgen_augment.processes import ALONE, Processes
+
 logger = logging.getLogger(__name__)
 
 _CLIP_NORM = 1.0
@@ -142,10 +144,19 @@ def annealed(epoch: int, max_epochs: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * epoch / max_epochs))
 
 
-def descend(module: nn.Module, loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-    """One optimiser step along the clipped gradient of `loss`; returns its value, on its device."""
+def descend(
+    module: nn.Module,
+    loss: Tensor,
+    optimizer: torch.optim.Optimizer,
+    processes: Processes = ALONE,
+) -> Tensor:
+    """One optimiser step along the clipped gradient of `loss`; returns its value, on its device.
+
+    Of several processes, each has its part of the loss, and all take the same step.
+    """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    processes.sum_gradients(module)
     nn.utils.clip_grad_norm_(module.parameters(), _CLIP_NORM, foreach=True)
     optimizer.step()
     return loss.detach()
@@ -164,6 +175,7 @@ def train(
     verbose: bool,
     groups: Callable[[NDArray[np.intp], np.random.Generator], Iterable[NDArray[np.intp]]]
     | None = None,
+    processes: Processes = ALONE,
 ) -> History:
     """Minimise `loss` over minibatches, stop early, and restore the best weights.
 
@@ -174,9 +186,10 @@ def train(
     module
         What is trained; left in evaluation mode with its best weights.
     loss
-        Row numbers to a scalar loss.
+        Row numbers to a scalar loss, of which every process computes its part.
     validate
-        Loss on held-out cells, called in evaluation mode without gradients.
+        Loss on held-out cells, called in evaluation mode without gradients; the same in all
+        processes, which by it stop together.
     rows
         Rows to train on.
     optimizer
@@ -190,6 +203,8 @@ def train(
     groups
         Cuts the rows into groups, anew for every epoch, each of which is shuffled and cut into
         minibatches in turn; None makes all rows one group. See `stored.buffers`.
+    processes
+        Those that train together.
 
     Returns
     -------
@@ -208,21 +223,23 @@ def train(
     history = History()
     best = math.inf
     best_weights: dict[str, Tensor] = {}
-    progress = tqdm(range(max_epochs), desc=description, unit="epoch", disable=not verbose)
+    hidden = not (verbose and processes.is_first)
+    progress = tqdm(range(max_epochs), desc=description, unit="epoch", disable=hidden)
     for epoch in progress:
         module.train()
         parts = [rows] if groups is None else groups(rows, random)
         batches = (minibatches(part, schedule.batch_size, random) for part in parts)
         # Losses are not read before the epoch's end: the host need not wait for a GPU.
         losses = [
-            descend(module, loss(batch), optimizer)
+            descend(module, loss(batch), optimizer, processes)
             for batch in itertools.chain.from_iterable(batches)
         ]
         annealing.step()
         module.eval()
         with torch.no_grad():
             validation = validate()
-        history.training.append(torch.stack(losses).double().mean().item())
+        training = processes.sum(torch.stack(losses).double())
+        history.training.append(training.mean().item())
         history.validation.append(validation)
         if not (math.isfinite(history.training[-1]) and math.isfinite(validation)):
             raise FloatingPointError(

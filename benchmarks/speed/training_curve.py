@@ -77,7 +77,9 @@ class Problem:
         return reference, reference
 
 
-def _reference_step(module: nn.Module, loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+def _reference_step(
+    module: nn.Module, loss: Tensor, optimizer: torch.optim.Optimizer, *_: object
+) -> Tensor:
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(module.parameters(), 1.0)
