@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cfgen_augment import __version__, annotated, checkpoint, files
 from cfgen_augment.attributes import check_attribute
-from cfgen_augment.counts import CellMatrix, rows_like
+from cfgen_augment.counts import CellMatrix, append_rows, rows_like
 from cfgen_augment.model import CFGen
 from cfgen_augment.processes import Processes, launched
 from cfgen_augment.sampler import CFGenSampler
@@ -335,20 +335,19 @@ def _write(
     """Write real and generated cells to `place`, which is to become `output`."""
     label_key = str(keys["label_key"])
     real = annotated.counts(adata, layer)
-    if getattr(real, "format", "csr") == "csc":  # columns cannot grow row by row
-        result = annotated.append_cells(
-            adata, stack_rows(list(blocks)), layer, key=key_added, columns=columns
-        )
-        result.uns["cfgen_augment"] = _provenance(sampler, keys, key_added, result, label_key)
-        files.write_whole(result, place, named=output)
-        del result.X, result.layers
-        return result
     result, layers, dropped = annotated.extended(
         adata, real, len(columns[label_key]), layer, key=key_added, columns=columns
     )
     result.uns["cfgen_augment"] = _provenance(sampler, keys, key_added, result, label_key)
     if dropped:
         warnings.warn(dropped, UserWarning, stacklevel=3)
+    if getattr(real, "format", "csr") == "csc":  # columns cannot grow row by row
+        result.X = append_rows(real, stack_rows(list(blocks)))
+        for name in layers:
+            result.layers[name] = result.X
+        files.write_whole(result, place, named=output)
+        del result.X, result.layers
+        return result
     cells = itertools.chain(
         (block for _, block in in_order(real)),
         (rows_like(b, real.dtype, is_sparse=annotated.is_sparse(real)) for b in blocks),

@@ -180,18 +180,19 @@ def flow_matching_loss(
     attributes: Tensor,
     log_size: Tensor | None,
     generator: torch.Generator,
-    share: slice = slice(None),
+    share: slice | None = None,
 ) -> Tensor:
     """Mean squared error of the field against the conditional velocity (Flow Matching).
 
-    Noise and antithetic times are drawn from `generator`, for all cells; the mean is over those
-    in `share`, and zero if there are none.
+    Noise and antithetic times are drawn from `generator`, for all cells. With a `share` the mean is
+    over the cells in it, and zero if there are none.
     """
     z_0 = torch.empty_like(z_1).normal_(generator=generator)
     half = torch.rand(((len(z_1) + 1) // 2, 1), generator=generator, device=z_1.device)
     t = torch.cat([half, 1.0 - half])[: len(z_1)]
-    z_0, z_1, t, attributes = (whole[share] for whole in (z_0, z_1, t, attributes))
-    log_size = None if log_size is None else log_size[share]
+    if share is not None:
+        z_0, z_1, t, attributes = (whole[share] for whole in (z_0, z_1, t, attributes))
+        log_size = None if log_size is None else log_size[share]
     v = field(interpolate(z_0, z_1, t), t, attributes, log_size)
     return F.mse_loss(v, target_velocity(z_0, z_1)) if len(v) else v.sum()
 

@@ -213,7 +213,8 @@ def train_flow(
         at = torch.from_numpy(batch).to(device)
         given = drop_attributes(attributes[at], dropout, generator)
         size = None if log_size is None else log_size[at]
-        mean = flow_matching_loss(field, latents[at], given, size, generator, share)
+        own = None if processes.size == 1 else share
+        mean = flow_matching_loss(field, latents[at], given, size, generator, own)
         return processes.part(mean, share.stop - share.start, len(batch))
 
     def validate() -> float:
