@@ -211,19 +211,22 @@ class SharedBatchNorm(nn.BatchNorm1d):
         """Standardise by the moments of the whole minibatch; a share may be empty."""
         if not self.training:
             return super().forward(x)
-        n_own = x.new_full((1,), len(x))
-        sums = _Sum.apply(torch.cat([x.sum(dim=0), n_own]), self.processes)
+        # One exchange: sums of x and of its square, the latter by way of one's own mean. In
+        # double precision their difference loses nothing that single precision would show.
+        own_mean = x.sum(dim=0) / max(len(x), 1)
+        own_squares = (x - own_mean).square().sum(dim=0).double()
+        own_mean = own_mean.double()
+        own = [len(x) * own_mean, own_squares + len(x) * own_mean.square()]
+        sums = _Sum.apply(torch.cat([*own, own_mean.new_full((1,), len(x))]), self.processes)
         n = sums[-1].detach()
-        mean = sums[:-1] / n
-        # In a second step, around the mean: a difference of squares would lose digits.
-        centred = x - mean
-        variance = _Sum.apply(centred.square().sum(dim=0), self.processes) / n
+        first, second = (sums[:-1] / n).chunk(2)
+        mean, variance = first.float(), (second - first.square()).clamp_min(0.0).float()
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (n / (n - 1.0)), self.momentum)
+            self.running_var.lerp_(variance * (n / (n - 1.0)).float(), self.momentum)
             self.num_batches_tracked.add_(1)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return torch.addcmul(self.bias, centred, scale)
+        return torch.addcmul(self.bias, x - mean, scale)
 
 
 class _Sum(torch.autograd.Function):
