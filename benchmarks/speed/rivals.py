@@ -121,5 +121,5 @@ def _scvi(X: sparse.csr_matrix, labels: NDArray) -> dict[str, float]:
     return {
         "train: CPU s": time.process_time() - cpu,
         "train: wall s": time.perf_counter() - wall,
-        "epochs": float(len(model.history["train_loss_epoch"])),
+        "epochs": float(model.trainer.current_epoch),
     }
