@@ -2,11 +2,21 @@ r"""The conditional flow: probability path, velocity field, loss and guidance.
 
 Symbols: ``z_0`` noise, ``z_1`` a standardised latent, ``t`` in [0, 1] from noise to data, ``v``
 the velocity. Equation and algorithm numbers are those of the CFGen paper (arXiv 2407.11734).
+
+The first attribute is the label, and its categories have centres ``m`` and scales ``s``: what
+the network ``u`` has to know is how cells lie around the centre, in units of the scale,
+
+.. math:: v(z, t \mid y) = m_y + s_y \, u\bigl((z - t m_y) / s_y, t \mid y\bigr) ,
+
+since a path from noise ``s_y z_0`` to ``z_1 = m_y + s_y r`` is one from ``z_0`` to ``r``, scaled, and
+moved along by ``t m_y``. Seen so, labels resemble each other. A label may therefore be *pooled*: it
+gives its centre and scale, and ``u`` is that of cells of all labels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,6 +26,7 @@ from torch.nn import functional as F
 
 SIGMA_MIN = 1e-4  # width of the path at the data end
 _FASTEST = 10.0  # radians that the fastest sinusoid of an embedding turns over its range
+_SCALE_CELLS = 20.0  # a label's own scale weighs as much as that of all cells at this size
 NULL = 0  # the code of an attribute that is not given; categories start at one
 
 
@@ -105,15 +116,33 @@ class _ScalarEmbedding(nn.Module):
         return out
 
 
+@dataclass(frozen=True)
+class Condition:
+    """What the field knows of cells besides where and when they are.
+
+    Attributes
+    ----------
+    embedding
+        Of attributes and size factor, ``(n, n_embedding)``.
+    centre, scale
+        Of the label, ``(n, n_latent)`` and ``(n, 1)``; zero and one where it is not given.
+    """
+
+    embedding: Tensor
+    centre: Tensor
+    scale: Tensor
+
+
 class VelocityField(nn.Module):
-    """Residual network for ``v(z, t | attributes, size factor)``.
+    """Residual network for ``v(z, t | attributes, size factor)``, around the labels' centres.
 
     Parameters
     ----------
     n_latent
         Width of the latents.
     n_categories
-        Number of categories of each attribute; the null category is added here.
+        Number of categories of each attribute, the label first; the null category, and for the
+        label the pooled one, are added here.
     width, n_blocks, n_embedding
         Width and number of residual blocks, and width of the embeddings.
     size_factor
@@ -133,7 +162,16 @@ class VelocityField(nn.Module):
         super().__init__()
         self.inlet = nn.Linear(n_latent, width)
         self.time = _ScalarEmbedding(n_embedding)
-        self.attributes = nn.ModuleList(nn.Embedding(n + 1, n_embedding) for n in n_categories)
+        n_labels, *others = n_categories
+        self.attributes = nn.ModuleList(
+            nn.Embedding(n, n_embedding) for n in (n_labels + 2, *(n + 1 for n in others))
+        )
+        self.register_buffer("centres", torch.zeros(n_labels + 1, n_latent))
+        self.register_buffer("scales", torch.ones(n_labels + 1, 1))
+        self.register_buffer("size_centres", torch.zeros(n_labels + 1, 1))
+        self.centres: Tensor
+        self.scales: Tensor
+        self.size_centres: Tensor
         self.size_factor = _ScalarEmbedding(n_embedding) if size_factor else None
         self.blocks = nn.ModuleList(_ResidualBlock(width, n_embedding) for _ in range(n_blocks))
         self.outlet = nn.Sequential(nn.SiLU(), nn.Linear(width, n_latent))
@@ -144,33 +182,88 @@ class VelocityField(nn.Module):
             nn.init.zeros_(block.outer.weight)  # type: ignore[union-attr, arg-type]
             nn.init.zeros_(block.outer.bias)  # type: ignore[union-attr, arg-type]
 
+    def start_without_centres(self, device: torch.device) -> None:
+        """Centres at zero and scales at one, so that the network alone tells labels apart."""
+        self.centres = torch.zeros(self.centres.shape, device=device)
+        self.scales = torch.ones(self.scales.shape, device=device)
+        self.size_centres = torch.zeros(self.size_centres.shape, device=device)
+
+    def centre_on(self, latents: Tensor, labels: Tensor, log_size: Tensor | None) -> None:
+        """Fix centres to the means of each label, and scales to its root mean square around it.
+
+        The scale is one number per label, over all dimensions, so that even a few cells tell it.
+
+        Parameters
+        ----------
+        latents, labels, log_size
+            Standardised latents, codes of the label ``(n,)``, and scaled log size factors
+            ``(n, 1)`` or None.
+        """
+        self.start_without_centres(latents.device)
+        cells = torch.bincount(labels, minlength=len(self.centres))[:, None].double()
+
+        def mean(values: Tensor) -> Tensor:  # in double: a GPU adds in an order of its own
+            sums = cells.new_zeros(len(cells), values.shape[1])
+            return (sums.index_add_(0, labels, values.double()) / cells.clamp_min(1.0)).float()
+
+        self.centres = mean(latents)
+        if log_size is not None:
+            self.size_centres = mean(log_size)
+        squares = (latents - self.centres[labels]).square().mean(dim=1, keepdim=True)
+        own = mean(squares) * cells / (cells - 1.0).clamp_min(1.0)
+        trust = cells / (cells + _SCALE_CELLS)
+        scales = (trust * own + (1.0 - trust) * squares.mean()).sqrt().float()
+        self.scales = torch.where(cells > 0, scales, self.scales).clamp_min(1e-3)
+
     def forward(
-        self, z: Tensor, t: Tensor, attributes: Tensor, log_size: Tensor | None = None
+        self,
+        z: Tensor,
+        t: Tensor,
+        attributes: Tensor,
+        log_size: Tensor | None = None,
+        pooled: Tensor | None = None,
     ) -> Tensor:
         """Velocity ``(n, n_latent)`` at `z`.
 
-        `t` is ``(n, 1)`` or ``(1, 1)``; `attributes` holds codes ``(n, n_attributes)``;
-        `log_size` is the log size factor scaled to [0, 1], ``(n, 1)``.
+        `t` is ``(n, 1)`` or ``(1, 1)``; the others as in `embed`.
         """
-        return self.at(z, t, self.embed(attributes, log_size))
+        return self.at(z, t, self.embed(attributes, log_size, pooled))
 
-    def embed(self, attributes: Tensor, log_size: Tensor | None) -> Tensor:
-        """What the field is conditioned on besides time, ``(n, n_embedding)``."""
+    def embed(
+        self, attributes: Tensor, log_size: Tensor | None, pooled: Tensor | None = None
+    ) -> Condition:
+        """What the field is conditioned on besides time.
+
+        Parameters
+        ----------
+        attributes
+            Category codes, ``(n, n_attributes)``.
+        log_size
+            Log size factors scaled to [0, 1], ``(n, 1)``, if the field depends on them.
+        pooled
+            Which cells know no more of their label than its centre, ``(n,)``; None means none.
+        """
+        labels, *others = attributes.unbind(1)
+        seen = labels
+        if pooled is not None:
+            seen = torch.where(pooled & (labels != NULL), len(self.centres), labels)
         parts = [
             embedding(codes)
-            for embedding, codes in zip(self.attributes, attributes.unbind(1), strict=True)
+            for embedding, codes in zip(self.attributes, (seen, *others), strict=True)
         ]
-        if self.size_factor is not None:
-            parts.append(self.size_factor(log_size))
-        return torch.stack(parts).sum(dim=0)
+        if self.size_factor is not None and log_size is not None:
+            # Deep for its label: what is deep for one is shallow for another.
+            parts.append(self.size_factor(log_size - self.size_centres[labels]))
+        embedding = torch.stack(parts).sum(dim=0)
+        return Condition(embedding, self.centres[labels], self.scales[labels])
 
-    def at(self, z: Tensor, t: Tensor, embedded: Tensor) -> Tensor:
+    def at(self, z: Tensor, t: Tensor, given: Condition) -> Tensor:
         """Velocity ``(n, n_latent)`` given what `embed` made of the conditions."""
-        condition = F.silu(self.time(t) + embedded)  # here, not in every block
-        h = self.inlet(z)
+        condition = F.silu(self.time(t) + given.embedding)  # here, not in every block
+        h = self.inlet((z - t * given.centre) / given.scale)
         for block in self.blocks:
             h = block(h, condition)
-        out: Tensor = self.outlet(h)
+        out: Tensor = torch.addcmul(given.centre, self.outlet(h), given.scale)
         return out
 
 
@@ -181,9 +274,11 @@ def flow_matching_loss(
     log_size: Tensor | None,
     generator: torch.Generator,
     share: slice | None = None,
+    pooled: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error of the field against the conditional velocity (Flow Matching).
 
+    In units of the scale of what each cell is conditioned on, which is also that of its noise.
     Noise and antithetic times are drawn from `generator`, for all cells. With a `share` the mean is
     over the cells in it, and zero if there are none.
     """
@@ -193,8 +288,11 @@ def flow_matching_loss(
     if share is not None:
         z_0, z_1, t, attributes = (whole[share] for whole in (z_0, z_1, t, attributes))
         log_size = None if log_size is None else log_size[share]
-    v = field(interpolate(z_0, z_1, t), t, attributes, log_size)
-    return F.mse_loss(v, target_velocity(z_0, z_1)) if len(v) else v.sum()
+        pooled = None if pooled is None else pooled[share]
+    given = field.embed(attributes, log_size, pooled)
+    z_0 = z_0 * given.scale
+    error = field.at(interpolate(z_0, z_1, t), t, given) - target_velocity(z_0, z_1)
+    return (error / given.scale).square().mean() if len(error) else error.sum()
 
 
 def guided(
@@ -202,6 +300,7 @@ def guided(
     attributes: Tensor,
     terms: Sequence[tuple[float, NDArray[np.bool_]]],
     log_size: Tensor | None,
+    pooled: Tensor | None = None,
 ) -> Callable[[float, Tensor], Tensor]:
     r"""The guided field as a function of time and latent (Algorithm 2).
 
@@ -222,6 +321,8 @@ def guided(
         costs one network call.
     log_size
         Scaled log size factors, or None.
+    pooled
+        Which cells' labels are pooled, ``(n,)``, or None.
     """
     device = attributes.device
     # Conditions stay the same at all times, so they are embedded once.
@@ -229,7 +330,9 @@ def guided(
         (
             weight,
             field.embed(
-                torch.where(torch.as_tensor(mask, device=device), attributes, NULL), log_size
+                torch.where(torch.as_tensor(mask, device=device), attributes, NULL),
+                log_size,
+                pooled,
             ),
         )
         for weight, mask in terms

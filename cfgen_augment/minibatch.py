@@ -16,6 +16,8 @@ from cfgen_augment.counts import CellMatrix, ValueKind, dense_rows, nonzeros
 _RESIDENT_BYTES = 8  # of a stored value: its column and its count
 _RESIDENT_SHARE = 0.5  # of the free memory that counts may take on a GPU
 
+_SEEN_SHARE = (0.3, 0.9)  # of a cell's counts in the first part of a split, least and most
+
 
 @dataclass(frozen=True)
 class Minibatch:
@@ -58,6 +60,33 @@ class Minibatch:
         if self.at is None:
             return entries.expand(self.shape)
         return gather(entries, self.at, self.shape)
+
+    def split(self, generator: torch.Generator) -> tuple[Minibatch, Minibatch]:
+        """Every cell's molecules dealt out at random into two cells of the same composition.
+
+        A share is drawn for every cell, uniformly, and every molecule of the cell falls into the
+        first part with that probability. Of Poisson counts the parts are independent given the
+        mean; of overdispersed ones they share what is not counting noise (count splitting,
+        A. Neufeld et al., doi:10.1093/biostatistics/kxac047).
+        """
+        if self.at is None:
+            raise TypeError("only counts can be split")
+        low, high = _SEEN_SHARE
+        device = self.values.device
+        share = torch.rand(self.shape[0], generator=generator, device=device)
+        row = torch.div(self.at, self.shape[1], rounding_mode="floor")
+        seen = torch.binomial(self.values, (low + (high - low) * share)[row], generator=generator)
+        return (
+            Minibatch(self.shape, seen, self.at),
+            Minibatch(self.shape, self.values - seen, self.at),
+        )
+
+    def log_totals(self) -> Tensor:
+        """Log total counts, ``(n, 1)``; of a cell without any, that of a single one."""
+        assert self.at is not None
+        row = torch.div(self.at, self.shape[1], rounding_mode="floor")
+        totals = self.values.new_zeros(self.shape[0]).index_add_(0, row, self.values)
+        return totals.clamp_min(1.0).log()[:, None]
 
 
 class ResidentCells:

@@ -84,6 +84,13 @@ class CFGen(SavedModel):
         Cells in a minibatch, at most.
     learning_rate : float or (float, float)
         AdamW's learning rate for the autoencoder and for the flow.
+    count_splitting : bool
+        Whether the encoder is trained on a random part of every cell's counts and the likelihood
+        on the rest, so that latents leave out the cell's own counting noise. Of noise models
+        that are not of counts, nothing is split.
+    label_weight : float
+        Weight of telling labels apart in the autoencoder's loss: of the mean cross-entropy of a
+        linear classifier on the latents, beside the mean negative log-likelihood of a count.
     attribute_dropout : float
         Share of training cells for which the flow sees no attribute.
     validation_fraction : float
@@ -97,6 +104,14 @@ class CFGen(SavedModel):
         ``"dopri5"`` is adaptive at 1e-5 and needs torchdyn.
     n_steps : int
         Steps of all solvers but the adaptive one.
+    pooling : float
+        How much labels share of how their cells lie around the label's centre in latent space. A
+        cell of a label with ``n`` training cells takes that from all labels with probability
+        ``pooling / (n + pooling)``, and from its own label otherwise: from few cells it cannot
+        be learned. 0 pools nothing.
+    temperature : float
+        Standard deviation of the noise the flow starts from. Below 1, cells are drawn closer to
+        their label's centre than real ones lie.
     guidance : float or mapping from str to float
         Default guidance of `generate`. A number weighs all attributes given together (1 is plain
         conditional sampling, one network call); a mapping weighs each of them alone and composes
@@ -180,11 +195,15 @@ class CFGen(SavedModel):
         max_epochs: str | int | tuple[int, int] = "auto",
         batch_size: int = 128,
         learning_rate: float | tuple[float, float] = (2e-3, 4e-3),
+        count_splitting: bool = True,
+        label_weight: float = 0.005,
         attribute_dropout: float = 0.2,
         validation_fraction: float = 0.1,
         patience: str | int = "auto",
         solver: str = "fitted",
         n_steps: int = 5,
+        pooling: float = 1_000.0,
+        temperature: float = 1.0,
         guidance: float | Mapping[str, float] = 1.0,
         device: str = "auto",
         distributed: bool = False,
@@ -202,11 +221,15 @@ class CFGen(SavedModel):
         self.max_epochs = max_epochs
         self.batch_size = batch_size
         self.learning_rate = learning_rate
+        self.count_splitting = count_splitting
+        self.label_weight = label_weight
         self.attribute_dropout = attribute_dropout
         self.validation_fraction = validation_fraction
         self.patience = patience
         self.solver = solver
         self.n_steps = n_steps
+        self.pooling = pooling
+        self.temperature = temperature
         self.guidance = guidance
         self.device = device
         self.distributed = distributed
@@ -290,6 +313,8 @@ class CFGen(SavedModel):
                 X,
                 codes[:, 0],
                 totals,
+                count_splitting=self.count_splitting,
+                label_weight=self.label_weight,
                 rows=rows,
                 held_out=held_out,
                 schedule=schedules[0],
@@ -315,6 +340,7 @@ class CFGen(SavedModel):
             processes=processes,
         )
         self.network_, self.history_ = network.requires_grad_(False), history
+        self.label_counts_ = np.bincount(codes[:, 0])
         return self
 
     @property
@@ -352,6 +378,7 @@ class CFGen(SavedModel):
                 n_latent=self.n_latent,
                 hidden=self.hidden,
                 n_categories=self.attributes_.sizes,
+                label_head=self.label_weight > 0,
                 flow_width=self.flow_width,
                 flow_blocks=self.flow_blocks,
                 size_factor=self.condition_on_size_factor,
@@ -541,21 +568,28 @@ class CFGen(SavedModel):
         seed = self.random_state if random_state is None else random_state
         random = np.random.default_rng(entropy(seed))
         totals = self._totals(size_factors, codes, random)
+        pooled = self._pooled(codes[:, 0], random)
         rows = block_rows(self.n_features_in_)
         seeds = random.integers(2**63, size=math.ceil(n / rows))
         solver = None
         if latents is None and n:
-            solver = self._solver(codes, terms, totals, random)
+            solver = self._solver(codes, pooled, terms, totals, random)
         own = Processes(which, n_shares).share(len(seeds))
         blocks = [
             (slice(i * rows, min((i + 1) * rows, n)), int(seeds[i]))
             for i in range(own.start, own.stop)
         ]
-        return self._drawn(codes, terms, totals, solver, latents, blocks, show=which == 0)
+        return self._drawn(codes, pooled, terms, totals, solver, latents, blocks, show=which == 0)
+
+    def _pooled(self, labels: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.bool_]:
+        """Which cells take how they lie around their label's centre from all labels."""
+        cells = self.label_counts_[labels]
+        return random.random(len(labels)) * (cells + self.pooling) < self.pooling
 
     def _drawn(
         self,
         codes: NDArray[np.int64],
+        pooled: NDArray[np.bool_],
         terms: list[tuple[float, NDArray[np.bool_]]],
         totals: NDArray[np.float64],
         solver: Solver | None,
@@ -573,7 +607,7 @@ class CFGen(SavedModel):
             generator = torch.Generator(self.device_).manual_seed(seed)
             given = None if latents is None else latents[block]
             drawn = self._generate_block(
-                codes[block], terms, totals[block], solver, given, generator
+                codes[block], pooled[block], terms, totals[block], solver, given, generator
             )
             if self.likelihood == "gaussian":
                 yield drawn.astype(np.result_type(self.dtype_, np.float32), copy=False)
@@ -626,6 +660,7 @@ class CFGen(SavedModel):
     def _solver(
         self,
         codes: NDArray[np.int64],
+        pooled: NDArray[np.bool_],
         terms: list[tuple[float, NDArray[np.bool_]]],
         totals: NDArray[np.float64],
         random: np.random.Generator,
@@ -633,22 +668,38 @@ class CFGen(SavedModel):
         """How to integrate the flow; what is fitted to the field rehearses on cells like these."""
 
         def rehearse() -> tuple[Velocity, Tensor]:
-            device = self.device_
             some = random.integers(len(codes), size=REHEARSAL_CELLS)
-            velocity = self.network_.velocity(
-                torch.as_tensor(codes[some] + 1, device=device),
-                terms,
-                self._flow_size(totals[some], device),
-            )
-            noise = torch.empty((REHEARSAL_CELLS, self.n_latent), device=device)
-            return velocity, noise.normal_(generator=seeded(random, device))
+            generator = seeded(random, self.device_)
+            return self._start(codes[some], pooled[some], terms, totals[some], generator)
 
         return make_solver(self.solver, self.n_steps, rehearse)
+
+    def _start(
+        self,
+        codes: NDArray[np.int64],
+        pooled: NDArray[np.bool_],
+        terms: list[tuple[float, NDArray[np.bool_]]],
+        totals: NDArray[np.float64],
+        generator: torch.Generator,
+    ) -> tuple[Velocity, Tensor]:
+        """The guided field of some cells, and the noise ``(n, n_latent)`` they start from."""
+        device = self.device_
+        attributes = torch.as_tensor(codes + 1, device=device)
+        velocity = self.network_.velocity(
+            attributes,
+            terms,
+            self._flow_size(totals, device),
+            torch.as_tensor(pooled, device=device),
+        )
+        noise = torch.empty((len(codes), self.n_latent), device=device)
+        noise.normal_(generator=generator)
+        return velocity, noise * (self.temperature * self.network_.noise_scale(attributes, terms))
 
     @torch.inference_mode()
     def _generate_block(
         self,
         codes: NDArray[np.int64],
+        pooled: NDArray[np.bool_],
         terms: list[tuple[float, NDArray[np.bool_]]],
         totals: NDArray[np.float64],
         solver: Solver | None,
@@ -661,9 +712,8 @@ class CFGen(SavedModel):
         if solver is None:
             latents = torch.as_tensor(given, device=device)
         else:
-            velocity = self.network_.velocity(attributes, terms, self._flow_size(totals, device))
-            noise = torch.empty((len(codes), self.n_latent), device=device)
-            latents = self.network_.latents(noise.normal_(generator=generator), velocity, solver)
+            velocity, noise = self._start(codes, pooled, terms, totals, generator)
+            latents = self.network_.latents(noise, velocity, solver)
         log_size = torch.as_tensor(np.log(totals), dtype=torch.float32, device=device)
         return self.network_.draw(latents, log_size[:, None], attributes[:, 0] - 1, generator)
 

@@ -11,7 +11,7 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from cfgen_augment.autoencoder import Autoencoder
-from cfgen_augment.flow import VelocityField, guided
+from cfgen_augment.flow import NULL, VelocityField, guided
 from cfgen_augment.likelihoods import make_likelihood
 from cfgen_augment.solver import Solver, Velocity
 
@@ -26,7 +26,9 @@ class Network(nn.Module):
     n_features, n_latent, hidden
         Shape of the autoencoder.
     n_categories
-        Number of categories of every attribute the flow is conditioned on.
+        Number of categories of every attribute the flow is conditioned on, the label first.
+    label_head
+        Whether the autoencoder has a classifier of labels, see `Autoencoder`.
     flow_width, flow_blocks
         Shape of the velocity field.
     size_factor
@@ -42,13 +44,18 @@ class Network(nn.Module):
         n_latent: int,
         hidden: Sequence[int],
         n_categories: Sequence[int],
+        label_head: bool,
         flow_width: int,
         flow_blocks: int,
         size_factor: bool,
     ) -> None:
         super().__init__()
         self.autoencoder = Autoencoder(
-            make_likelihood(likelihood, n_features, n_groups), n_features, n_latent, hidden
+            make_likelihood(likelihood, n_features, n_groups),
+            n_features,
+            n_latent,
+            hidden,
+            n_labels=n_categories[0] if label_head else 0,
         )
         self.field = VelocityField(
             n_latent,
@@ -79,9 +86,21 @@ class Network(nn.Module):
         attributes: Tensor,
         terms: Sequence[tuple[float, NDArray[np.bool_]]],
         flow_size: Tensor | None,
+        pooled: Tensor | None = None,
     ) -> Velocity:
         """The guided field of cells with the given attributes, see `flow.guided`."""
-        return guided(self.field, attributes, terms, flow_size)
+        return guided(self.field, attributes, terms, flow_size, pooled)
+
+    def noise_scale(
+        self, attributes: Tensor, terms: Sequence[tuple[float, NDArray[np.bool_]]]
+    ) -> Tensor:
+        """Standard deviation of the noise that cells start from, ``(n, 1)``.
+
+        That of their label, where the field sees it.
+        """
+        sees_label = any(weight and mask[0] for weight, mask in terms)
+        labels = attributes[:, 0] if sees_label else torch.full_like(attributes[:, 0], NULL)
+        return self.field.scales[labels]
 
     def latents(self, noise: Tensor, velocity: Velocity, solver: Solver) -> Tensor:
         """Carry noise ``(n, n_latent)`` to latents along the field."""

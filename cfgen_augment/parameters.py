@@ -86,6 +86,10 @@ _RULES: dict[str, tuple[Any, str]] = {
     ),
     "batch_size": (_whole(2), "a whole number of at least 2"),
     "learning_rate": (_pair_of(_real(_TINY)), "a positive number, or a pair of them"),
+    "count_splitting": (lambda v: isinstance(v, (bool, np.bool_)), "True or False"),
+    "label_weight": (_real(0.0), "a number of at least 0"),
+    "pooling": (_real(0.0), "a number of at least 0"),
+    "temperature": (_real(0.0), "a number of at least 0"),
     "attribute_dropout": (_real(0.0, 1.0), "a number in [0, 1)"),
     "validation_fraction": (_real(0.0, 1.0), "a number in [0, 1)"),
     "patience": (

@@ -35,6 +35,7 @@ class SavedModel:
     feature_names_: NDArray | None
     dtype_: np.dtype
     size_factor_: LogNormalSizeFactor
+    label_counts_: NDArray[np.int64]
     history_: dict[str, History]
     network_: Network
 
@@ -89,6 +90,7 @@ class SavedModel:
             "feature_names": None if self.feature_names_ is None else self.feature_names_.tolist(),
             "dtype": self.dtype_.str,
             "size_factor": self.size_factor_.to_json(),
+            "label_counts": self.label_counts_.tolist(),
             "history": {name: asdict(history) for name, history in self.history_.items()},
         }
         config = {"parameters": self._parameters(), "fitted": fitted}
@@ -138,6 +140,7 @@ class SavedModel:
         self.feature_names_ = None if names is None else np.array(names, dtype=str)
         self.dtype_ = np.dtype(fitted["dtype"])
         self.size_factor_ = LogNormalSizeFactor.from_json(fitted["size_factor"])
+        self.label_counts_ = np.array(fitted["label_counts"])
         self.history_ = {name: History(**entry) for name, entry in fitted["history"].items()}
         self._restore_network(tensors)
 

@@ -24,6 +24,9 @@ _BLOCK_VALUES = 1 << 20  # dense entries that exist at a time outside of trainin
 _FEWEST_ROWS = 128
 
 _DISPERSION_SPEED = 50.0  # learning rate of the noise model's own parameters, relative
+_POOLED_SHARE = (
+    0.5  # of the cells the flow is trained on that see no more than their label's centre
+)
 _VALIDATION_DRAWS = 4096  # noise and times on which the flow's held-out loss is measured
 
 
@@ -37,9 +40,10 @@ def block_rows(n_features: int) -> int:
 
 def autoencoder_optimizer(model: Autoencoder, learning_rate: float) -> torch.optim.AdamW:
     """AdamW over the network, and faster over the noise model's own parameters."""
-    network = [*model.encoder.parameters(), *model.decoder.parameters()]
+    own = list(model.likelihood.parameters())
+    network = [p for p in model.parameters() if all(p is not other for other in own)]
     parameters: list[dict[str, Any]] = [{"params": network, "lr": learning_rate}]
-    if own := list(model.likelihood.parameters()):
+    if own:
         # At the network's rate the dispersion is still near its start when the mean has long
         # converged, and synthetic cells come out too variable.
         fast = learning_rate * _DISPERSION_SPEED
@@ -50,9 +54,11 @@ def autoencoder_optimizer(model: Autoencoder, learning_rate: float) -> torch.opt
 def train_autoencoder(
     model: Autoencoder,
     X: CellMatrix,
-    groups: NDArray[np.int64],
+    labels: NDArray[np.int64],
     totals: NDArray[np.float64],
     *,
+    count_splitting: bool,
+    label_weight: float,
     rows: NDArray[np.intp],
     held_out: NDArray[np.intp],
     schedule: Schedule,
@@ -69,8 +75,13 @@ def train_autoencoder(
         Laid out on the CPU, weights not yet set.
     X
         Cells, ``(n_cells, n_features)``.
-    groups, totals
-        Group of the dispersion and total count of every cell, ``(n_cells,)``.
+    labels, totals
+        Code of the label and total count of every cell, ``(n_cells,)``.
+    count_splitting
+        Whether counts are dealt out to encoder and likelihood, see `Minibatch.split`. Several
+        processes split their own cells, so that they do not train quite as one would.
+    label_weight
+        Weight of telling labels apart, see `Autoencoder.loss`.
     rows, held_out
         Cells to train on, and to stop early by.
     schedule
@@ -90,21 +101,29 @@ def train_autoencoder(
     X = keep(X, held_here)
     cells = supply(X, model.likelihood.values, device)
     log_totals = torch.as_tensor(np.log(totals), dtype=torch.float32, device=device)[:, None]
-    group_codes = torch.as_tensor(groups, device=device)
+    label_codes = torch.as_tensor(labels, device=device)
+    splits = count_splitting and model.likelihood.values == "count"
+    draws = seeded(random, device)
+    validation_seed = int(random.integers(2**63))
 
-    def mean_loss(rows: NDArray[np.intp]) -> Tensor:
+    def mean_loss(rows: NDArray[np.intp], generator: torch.Generator) -> Tensor:
         at = torch.from_numpy(rows).to(device, non_blocking=True)
-        return model.negative_log_likelihood(cells(rows), log_totals[at], group_codes[at])
+        x, size, seen = cells(rows), log_totals[at], None
+        if splits:
+            seen, x = x.split(generator)
+            size = x.log_totals()
+        return model.loss(x, size, label_codes[at], seen=seen, label_weight=label_weight)
 
     def loss(batch: NDArray[np.intp]) -> Tensor:
         here = batch[processes.share(len(batch))]
-        return processes.part(mean_loss(here), len(here), len(batch))
+        return processes.part(mean_loss(here, draws), len(here), len(batch))
 
     def validate() -> float:
+        generator = torch.Generator(device).manual_seed(validation_seed)  # the same splits always
         total = torch.zeros((), device=device)
         parts = minibatches(held_here, block_rows(X.shape[1])) if len(held_here) else ()
         for part in parts:
-            total += mean_loss(part) * len(part)
+            total += mean_loss(part, generator) * len(part)
         return float(processes.sum(total)) / len(held_out)
 
     with processes.whole_minibatches(model):
@@ -193,7 +212,8 @@ def train_flow(
         Laid out on the CPU, weights not yet set.
     latents, attributes, log_size
         Standardised latents ``(n_cells, n_latent)``, category codes
-        ``(n_cells, n_attributes)`` and scaled log size factors ``(n_cells, 1)`` or None.
+        ``(n_cells, n_attributes)``, the label first, and scaled log size factors
+        ``(n_cells, 1)`` or None.
     dropout
         Share of cells that see no attribute.
     rows, held_out, schedule, random, verbose, processes
@@ -203,6 +223,7 @@ def train_flow(
     initialise(field, seeded(random, torch.device("cpu")))
     field.start_at_zero()
     field.to(device)
+    field.centre_on(latents, attributes[:, 0], log_size)
     draws = seeded(random, device)
     validation_seed = int(random.integers(2**63))
 
@@ -213,8 +234,9 @@ def train_flow(
         at = torch.from_numpy(batch).to(device)
         given = drop_attributes(attributes[at], dropout, generator)
         size = None if log_size is None else log_size[at]
+        pooled = torch.rand(len(at), generator=generator, device=device) < _POOLED_SHARE
         own = None if processes.size == 1 else share
-        mean = flow_matching_loss(field, latents[at], given, size, generator, own)
+        mean = flow_matching_loss(field, latents[at], given, size, generator, own, pooled)
         return processes.part(mean, share.stop - share.start, len(batch))
 
     def validate() -> float:
