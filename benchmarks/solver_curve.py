@@ -21,7 +21,7 @@ from benchmarks.data import load
 from benchmarks.hardware import hardware
 from benchmarks.realism import to_markdown
 from cfgen_augment import CFGen
-from cfgen_augment.flow import guided
+from cfgen_augment.generation import Wanted
 from cfgen_augment.solver import REHEARSAL_CELLS, TABLEAUS, Velocity, make_solver
 
 
@@ -32,22 +32,14 @@ def curve(model: CFGen, labels: np.ndarray, steps: list[int], seed: int) -> pd.D
     codes = model.attributes_.encode({"label": labels}, len(labels))
     column, _ = model._size_factor_groups(codes)
     totals = model.size_factor_.sample(column, np.random.default_rng(seed))
-    noise = torch.randn(
-        (len(labels), model.n_latent), generator=torch.Generator().manual_seed(seed)
-    )
+    cells = Wanted(codes, totals, model._pooled(codes[:, 0], np.random.default_rng(seed)))
     terms = model.attributes_.terms(1.0, ["label"])
-    size = model._flow_size(totals, network.device)
-    attributes = torch.as_tensor(codes + 1)
-    velocity = guided(network.field, attributes, terms, size)
+    velocity, noise = model._start(cells, terms, torch.Generator().manual_seed(seed))
     log_size = torch.zeros(len(labels), 1)
 
     def rehearse() -> tuple[Velocity, torch.Tensor]:
-        some = slice(0, REHEARSAL_CELLS)  # their conditions, with noise of their own
-        own = torch.randn(
-            (len(labels), model.n_latent), generator=torch.Generator().manual_seed(seed + 1)
-        )
-        part = None if size is None else size[some]
-        return guided(network.field, attributes[some], terms, part), own[some]
+        some = cells[:REHEARSAL_CELLS]  # their conditions, with noise of their own
+        return model._start(some, terms, torch.Generator().manual_seed(seed + 1))
 
     def solve(name: str, n_steps: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         calls = 0

@@ -8,9 +8,13 @@ the network ``u`` has to know is how cells lie around the centre, in units of th
 
 .. math:: v(z, t \mid y) = m_y + s_y \, u\bigl((z - t m_y) / s_y, t \mid y\bigr) ,
 
-since a path from noise ``s_y z_0`` to ``z_1 = m_y + s_y r`` is one from ``z_0`` to ``r``, scaled, and
-moved along by ``t m_y``. Seen so, labels resemble each other. A label may therefore be *pooled*: it
-gives its centre and scale, and ``u`` is that of cells of all labels.
+since a path from noise ``s_y z_0`` to ``z_1 = m_y + s_y r`` is one from ``z_0`` to ``r``, scaled
+and moved along by ``t m_y``. Seen so, labels resemble each other. A label may therefore be
+*pooled*: it gives its centre and scale, and ``u`` is that of cells of all labels.
+
+Where further attributes are given, the centre is that of an additive model, a label's effect and
+one of every other attribute's category: labels and donors are correlated in real data, and what is
+left around it can be pooled over both.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from torch.nn import functional as F
 
 SIGMA_MIN = 1e-4  # width of the path at the data end
 _FASTEST = 10.0  # radians that the fastest sinusoid of an embedding turns over its range
-_SCALE_CELLS = 20.0  # a label's own scale weighs as much as that of all cells at this size
+_TRUSTED_CELLS = 20.0  # a category's own scale or effect weighs half at this size
 NULL = 0  # the code of an attribute that is not given; categories start at one
 
 
@@ -125,7 +129,7 @@ class Condition:
     embedding
         Of attributes and size factor, ``(n, n_embedding)``.
     centre, scale
-        Of the label, ``(n, n_latent)`` and ``(n, 1)``; zero and one where it is not given.
+        ``(n, n_latent)`` and ``(n, 1)``; zero and one where the label is not given.
     """
 
     embedding: Tensor
@@ -166,10 +170,14 @@ class VelocityField(nn.Module):
         self.attributes = nn.ModuleList(
             nn.Embedding(n, n_embedding) for n in (n_labels + 2, *(n + 1 for n in others))
         )
-        self.register_buffer("centres", torch.zeros(n_labels + 1, n_latent))
+        rows = [n + 1 for n in n_categories]
+        self._starts = [sum(rows[:k]) for k in range(len(rows))]  # of each attribute in `effects`
+        self.register_buffer("effects", torch.zeros(sum(rows), n_latent))
+        self.register_buffer("expected", torch.zeros(len(others), n_labels + 1, n_latent))
         self.register_buffer("scales", torch.ones(n_labels + 1, 1))
         self.register_buffer("size_centres", torch.zeros(n_labels + 1, 1))
-        self.centres: Tensor
+        self.effects: Tensor
+        self.expected: Tensor
         self.scales: Tensor
         self.size_centres: Tensor
         self.size_factor = _ScalarEmbedding(n_embedding) if size_factor else None
@@ -184,36 +192,67 @@ class VelocityField(nn.Module):
 
     def start_without_centres(self, device: torch.device) -> None:
         """Centres at zero and scales at one, so that the network alone tells labels apart."""
-        self.centres = torch.zeros(self.centres.shape, device=device)
+        self.effects = torch.zeros(self.effects.shape, device=device)
+        self.expected = torch.zeros(self.expected.shape, device=device)
         self.scales = torch.ones(self.scales.shape, device=device)
         self.size_centres = torch.zeros(self.size_centres.shape, device=device)
 
-    def centre_on(self, latents: Tensor, labels: Tensor, log_size: Tensor | None) -> None:
-        """Fix centres to the means of each label, and scales to its root mean square around it.
+    def centre_on(self, latents: Tensor, attributes: Tensor, log_size: Tensor | None) -> None:
+        """Fix centres by least squares, and scales to each label's root mean square around them.
 
-        The scale is one number per label, over all dimensions, so that even a few cells tell it.
+        A label's effect is free, those of other attributes are shrunk (ridge), so that a label's
+        centre without them is its mean. The scale is one number per label, over all dimensions,
+        so that even a few cells tell it.
 
         Parameters
         ----------
-        latents, labels, log_size
-            Standardised latents, codes of the label ``(n,)``, and scaled log size factors
-            ``(n, 1)`` or None.
+        latents, attributes, log_size
+            Standardised latents ``(n, n_latent)``, category codes ``(n, n_attributes)``, all
+            given, and scaled log size factors ``(n, 1)`` or None.
         """
         self.start_without_centres(latents.device)
-        cells = torch.bincount(labels, minlength=len(self.centres))[:, None].double()
+        labels, *others = attributes.unbind(1)
+        n_labels = len(self.scales)
+        cells = torch.bincount(labels, minlength=n_labels)[:, None].double()
 
         def mean(values: Tensor) -> Tensor:  # in double: a GPU adds in an order of its own
-            sums = cells.new_zeros(len(cells), values.shape[1])
-            return (sums.index_add_(0, labels, values.double()) / cells.clamp_min(1.0)).float()
+            sums = cells.new_zeros(n_labels, values.shape[1])
+            return sums.index_add_(0, labels, values.double()) / cells.clamp_min(1.0)
 
-        self.centres = mean(latents)
+        self.effects = self._effects(latents, attributes).float()
+        for k, codes in enumerate(others):
+            self.expected[k] = mean(self.effects[self._starts[k + 1] + codes])
         if log_size is not None:
-            self.size_centres = mean(log_size)
-        squares = (latents - self.centres[labels]).square().mean(dim=1, keepdim=True)
-        own = mean(squares) * cells / (cells - 1.0).clamp_min(1.0)
-        trust = cells / (cells + _SCALE_CELLS)
+            self.size_centres = mean(log_size).float()
+        squares = (latents - self._centre(labels, [torch.zeros_like(c) for c in others])).square()
+        own = mean(squares.mean(dim=1, keepdim=True)) * cells / (cells - 1.0).clamp_min(1.0)
+        trust = cells / (cells + _TRUSTED_CELLS)
         scales = (trust * own + (1.0 - trust) * squares.mean()).sqrt().float()
         self.scales = torch.where(cells > 0, scales, self.scales).clamp_min(1e-3)
+
+    def _effects(self, latents: Tensor, attributes: Tensor) -> Tensor:
+        """Effects of all categories, in double: the normal equations of the additive model."""
+        size = len(self.effects)
+        codes = attributes + torch.tensor(self._starts, device=attributes.device)
+        together = latents.new_zeros(size * size, dtype=torch.float64)
+        wanted = latents.new_zeros((size, latents.shape[1]), dtype=torch.float64)
+        for column in codes.unbind(1):
+            wanted.index_add_(0, column, latents.double())
+            for other in codes.unbind(1):
+                together += torch.bincount(column * size + other, minlength=size * size)
+        together = together.view(size, size)
+        absent = (together.diagonal() == 0).double()  # the null category is
+        ridge = torch.full_like(absent, _TRUSTED_CELLS)
+        ridge[: len(self.scales)] = absent[: len(self.scales)]
+        return torch.linalg.solve(together + torch.diag(ridge), wanted)
+
+    def _centre(self, labels: Tensor, others: Sequence[Tensor]) -> Tensor:
+        """Centres ``(n, n_latent)``; what is not given counts as it is on average in the label."""
+        centre = self.effects[labels]
+        for start, expected, codes in zip(self._starts[1:], self.expected, others, strict=True):
+            given = (codes != NULL)[:, None]
+            centre = centre + torch.where(given, self.effects[start + codes], expected[labels])
+        return torch.where((labels != NULL)[:, None], centre, 0.0)
 
     def forward(
         self,
@@ -246,7 +285,7 @@ class VelocityField(nn.Module):
         labels, *others = attributes.unbind(1)
         seen = labels
         if pooled is not None:
-            seen = torch.where(pooled & (labels != NULL), len(self.centres), labels)
+            seen = torch.where(pooled & (labels != NULL), len(self.scales), labels)
         parts = [
             embedding(codes)
             for embedding, codes in zip(self.attributes, (seen, *others), strict=True)
@@ -255,7 +294,7 @@ class VelocityField(nn.Module):
             # Deep for its label: what is deep for one is shallow for another.
             parts.append(self.size_factor(log_size - self.size_centres[labels]))
         embedding = torch.stack(parts).sum(dim=0)
-        return Condition(embedding, self.centres[labels], self.scales[labels])
+        return Condition(embedding, self._centre(labels, others), self.scales[labels])
 
     def at(self, z: Tensor, t: Tensor, given: Condition) -> Tensor:
         """Velocity ``(n, n_latent)`` given what `embed` made of the conditions."""

@@ -1,52 +1,32 @@
-"""`CFGen` on arrays: fit to counts, generate counts, save and load."""
+"""`CFGen` on arrays: its parameters, and how it is fitted to counts."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from numbers import Integral
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy import sparse
-from torch import Tensor
-from tqdm.auto import tqdm
 
 from cfgen_augment.attributes import Attributes, check_attribute, check_feature_names
-from cfgen_augment.counts import CellMatrix, as_dtype, check_cells, total_counts
+from cfgen_augment.counts import CellMatrix, check_cells, total_counts
+from cfgen_augment.generation import LABEL, FittedModel
 from cfgen_augment.likelihoods import value_kind
 from cfgen_augment.network import Network
 from cfgen_augment.parameters import RandomState, check_parameters, entropy, pair
-from cfgen_augment.processes import Processes, launched
-from cfgen_augment.saved import SavedModel
+from cfgen_augment.processes import launched
 from cfgen_augment.size_factors import LogNormalSizeFactor
-from cfgen_augment.solver import (
-    REHEARSAL_CELLS,
-    Solver,
-    Velocity,
-    check_solver,
-    make_solver,
-)
-from cfgen_augment.stages import (
-    block_rows,
-    encode_cells,
-    match_dispersion,
-    train_autoencoder,
-    train_flow,
-)
-from cfgen_augment.stored import stack_rows
-from cfgen_augment.training import Schedule, hold_out, resolve_device, seeded
-
-LABEL = "label"  # name of the attribute that holds the cells' labels
+from cfgen_augment.solver import check_solver
+from cfgen_augment.stages import encode_cells, match_dispersion, train_autoencoder, train_flow
+from cfgen_augment.training import Schedule, hold_out, resolve_device
 
 # max_epochs="auto": minibatches to aim at, fewest and most epochs, and minibatches that tiny data
 # get at least; autoencoder and flow.
 _AUTO_EPOCHS = ((1_000, 10, 24, 100), (2_400, 20, 100, 300))
 
 
-class CFGen(SavedModel):
+class CFGen(FittedModel):
     r"""Generative model of counts: a count autoencoder and a conditional flow on its latents.
 
     The autoencoder is trained by maximum likelihood and frozen; the flow is trained by Flow
@@ -343,11 +323,6 @@ class CFGen(SavedModel):
         self.label_counts_ = np.bincount(codes[:, 0])
         return self
 
-    @property
-    def classes_(self) -> NDArray:
-        """Labels seen in training, sorted."""
-        return self.attributes_.categories[LABEL]
-
     def _check_attributes(
         self, labels: ArrayLike, covariates: Mapping[str, ArrayLike] | None
     ) -> dict[str, NDArray]:
@@ -384,13 +359,6 @@ class CFGen(SavedModel):
                 size_factor=self.condition_on_size_factor,
             )
 
-    def _size_factor_groups(self, codes: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
-        """Group of every cell in the size-factor fit (-1: not given), and number of groups."""
-        if self.size_factor == "shared":
-            return np.zeros(len(codes), dtype=np.int64), 1
-        column = self.attributes_.names.index(self.size_factor)
-        return codes[:, column], self.attributes_.sizes[column]
-
     def _schedules(self, n_rows: int) -> tuple[Schedule, Schedule]:
         """Schedules of the autoencoder and of the flow."""
         epochs = pair(self.max_epochs)
@@ -411,361 +379,3 @@ class CFGen(SavedModel):
             for rate, n in zip(pair(self.learning_rate), epochs, strict=True)
         )
         return first, second
-
-    def _flow_size(self, totals: NDArray[np.float64], device: torch.device) -> Tensor | None:
-        """Size factors as the flow sees them, ``(n, 1)``, or None if it does not."""
-        if not self.condition_on_size_factor:
-            return None
-        scaled = self.size_factor_.scaled(totals)
-        return torch.as_tensor(scaled, dtype=torch.float32, device=device)[:, None]
-
-    # ------------------------------------------------------------- generate
-
-    def generate(
-        self,
-        labels: ArrayLike | None = None,
-        *,
-        n_cells: int | None = None,
-        covariates: Mapping[str, ArrayLike] | None = None,
-        guidance: float | Mapping[str, float] | None = None,
-        size_factors: ArrayLike | None = None,
-        latents: ArrayLike | None = None,
-        random_state: RandomState = None,
-    ) -> sparse.csr_matrix | NDArray:
-        """Generate one cell for every label, or for every row of the covariates.
-
-        Parameters
-        ----------
-        labels
-            Label of every cell to generate; None leaves the label out.
-        n_cells
-            Number of cells, needed only where neither labels nor covariates tell it.
-        covariates
-            Further attributes to condition on, by name, each one value per cell. Any subset of
-            those seen in training.
-        guidance
-            One weight for the attributes given, together, or weights by name, composed by Eq. 10;
-            see the class. None uses the model's own `guidance`. A weight of 0 leaves attributes out
-            of the flow.
-        size_factors
-            Total count of every cell; drawn from the fitted log-normal if None.
-        latents
-            Latents to decode instead of the flow's, ``(n_cells, n_latent)``, for example from
-            `encode`. Guidance then does nothing; all else is drawn as it would have been.
-        random_state
-            Seed; None uses the model's own `random_state`. The same whole number gives the same
-            cells in every call, so pass another one for other cells.
-
-        Returns
-        -------
-        CSR matrix of shape (n_cells, n_features)
-            Counts, in the dtype of the training data. With the Gaussian likelihood, an ndarray.
-
-        Raises
-        ------
-        RuntimeError
-            If the model is not fitted.
-        ValueError
-            If a label, covariate or weight is unknown, or lengths or shapes disagree.
-
-        Warns
-        -----
-        UserWarning
-            If drawn counts exceed what the training data's dtype can hold; they are held at its
-            largest value.
-        """
-        blocks = self.generate_blocks(
-            labels,
-            n_cells=n_cells,
-            covariates=covariates,
-            guidance=guidance,
-            size_factors=size_factors,
-            latents=latents,
-            random_state=random_state,
-        )
-        return stack_rows(list(blocks))
-
-    def generate_blocks(
-        self,
-        labels: ArrayLike | None = None,
-        *,
-        n_cells: int | None = None,
-        covariates: Mapping[str, ArrayLike] | None = None,
-        guidance: float | Mapping[str, float] | None = None,
-        size_factors: ArrayLike | None = None,
-        latents: ArrayLike | None = None,
-        random_state: RandomState = None,
-        share: tuple[int, int] = (0, 1),
-    ) -> Iterator[sparse.csr_matrix | NDArray]:
-        """Generate the same cells as `generate`, a block of rows at a time.
-
-        Memory does not grow with the number of cells but for a few numbers per cell (its
-        attributes and its total). Everything is checked here, before the first block is asked
-        for.
-
-        Every block has a seed of its own, so that several processes can each generate a share of
-        the blocks, and together what one would.
-
-        Parameters
-        ----------
-        labels, n_cells, covariates, guidance, size_factors, latents, random_state
-            As in `generate`.
-        share
-            Which of how many nearly equal shares of the blocks to generate, from ``(0, n)`` to
-            ``(n - 1, n)``. All else is that of all cells.
-
-        Returns
-        -------
-        iterator of CSR matrices (or ndarrays) of shape (n_block, n_features)
-            At least one block, empty if no cells are wanted. One below the other, and the shares
-            likewise, they are what `generate` returns.
-
-        Raises
-        ------
-        RuntimeError, ValueError
-            As `generate`; also if there is no such share.
-
-        Warns
-        -----
-        UserWarning
-            As `generate`, after the last block.
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> from cfgen_augment import CFGen
-        >>> rng = np.random.default_rng(0)
-        >>> X = rng.poisson(3.0, size=(60, 8))
-        >>> model = CFGen(max_epochs=1, random_state=0, device="cpu").fit(X, ["B", "T"] * 30)
-        >>> [block.shape for block in model.generate_blocks(["B"] * 2_000)]
-        [(1024, 8), (976, 8)]
-        """
-        self._check_fitted()
-        check_parameters(self.__dict__)
-        which, n_shares = share
-        if not 0 <= which < n_shares:
-            raise ValueError(
-                f"share: expected (which, of how many), counted from zero; got {share}. Pass "
-                "(0, n) to (n - 1, n)."
-            )
-        wanted, n = self._check_wanted(labels, covariates, n_cells)
-        codes = self.attributes_.encode(wanted, n)
-        terms = self.attributes_.terms(
-            self.guidance if guidance is None else guidance, wanted.keys()
-        )
-        if latents is not None:
-            latents = np.asarray(latents, dtype=np.float32)
-            if latents.shape != (n, self.n_latent):
-                raise ValueError(
-                    f"latents: expected shape {(n, self.n_latent)}; got {latents.shape}. Pass one "
-                    "row per cell to generate, as encode returns them."
-                )
-        if self.dispersion == "gene-label" and LABEL not in wanted:
-            raise ValueError(
-                "dispersion='gene-label': expected labels for the cells to generate; got none. "
-                "Pass labels (with guidance={'label': 0} to keep them out of the flow)."
-            )
-        seed = self.random_state if random_state is None else random_state
-        random = np.random.default_rng(entropy(seed))
-        totals = self._totals(size_factors, codes, random)
-        pooled = self._pooled(codes[:, 0], random)
-        rows = block_rows(self.n_features_in_)
-        seeds = random.integers(2**63, size=math.ceil(n / rows))
-        solver = None
-        if latents is None and n:
-            solver = self._solver(codes, pooled, terms, totals, random)
-        own = Processes(which, n_shares).share(len(seeds))
-        blocks = [
-            (slice(i * rows, min((i + 1) * rows, n)), int(seeds[i]))
-            for i in range(own.start, own.stop)
-        ]
-        return self._drawn(codes, pooled, terms, totals, solver, latents, blocks, show=which == 0)
-
-    def _pooled(self, labels: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.bool_]:
-        """Which cells take how they lie around their label's centre from all labels."""
-        cells = self.label_counts_[labels]
-        return random.random(len(labels)) * (cells + self.pooling) < self.pooling
-
-    def _drawn(
-        self,
-        codes: NDArray[np.int64],
-        pooled: NDArray[np.bool_],
-        terms: list[tuple[float, NDArray[np.bool_]]],
-        totals: NDArray[np.float64],
-        solver: Solver | None,
-        latents: NDArray[np.float32] | None,
-        blocks: Sequence[tuple[slice, int]],
-        *,
-        show: bool,
-    ) -> Iterator[sparse.csr_matrix | NDArray]:
-        """Cells of blocks (rows and seed), in the training data's dtype; at least one block."""
-        if not blocks:
-            yield self._empty()
-        too_large = 0
-        hidden = not (self.verbose and show)
-        for block, seed in tqdm(blocks, desc="generate", unit="block", disable=hidden):
-            generator = torch.Generator(self.device_).manual_seed(seed)
-            given = None if latents is None else latents[block]
-            drawn = self._generate_block(
-                codes[block], pooled[block], terms, totals[block], solver, given, generator
-            )
-            if self.likelihood == "gaussian":
-                yield drawn.astype(np.result_type(self.dtype_, np.float32), copy=False)
-                continue
-            cast, held = as_dtype(drawn, self.dtype_)
-            too_large += held
-            yield cast
-        if too_large:
-            warnings.warn(
-                f"{too_large:,} generated counts were larger than {self.dtype_} can hold exactly "
-                "and were held at its largest value; fit on a wider dtype to keep them.",
-                UserWarning,
-                stacklevel=3,
-            )
-
-    def _empty(self) -> sparse.csr_matrix | NDArray:
-        if self.likelihood == "gaussian":
-            return np.empty((0, self.n_features_in_), dtype=np.float32)
-        none = sparse.csr_matrix((0, self.n_features_in_), dtype=np.int32)
-        return as_dtype(none, self.dtype_)[0]
-
-    def encode(self, X: CellMatrix) -> NDArray[np.float32]:
-        """Latents of cells, ``(n_cells, n_latent)``, block by block; see `generate`.
-
-        Parameters
-        ----------
-        X
-            What `fit` takes, on the same features, ``(n_cells, n_features)``.
-
-        Raises
-        ------
-        RuntimeError
-            If the model is not fitted.
-        ValueError, TypeError
-            If the matrix is not what the model was fitted on.
-        """
-        self._check_fitted()
-        X = check_cells(X, value_kind(self.likelihood))
-        if X.shape[1] != self.n_features_in_:
-            raise ValueError(
-                f"X: expected the {self.n_features_in_:,} features the model was fitted on; got "
-                f"{X.shape[1]:,}. Pass the same features in the same order."
-            )
-        latents: NDArray[np.float32] = (
-            encode_cells(self.network_.autoencoder, X, self.device_).cpu().numpy()
-        )
-        return latents
-
-    @torch.inference_mode()
-    def _solver(
-        self,
-        codes: NDArray[np.int64],
-        pooled: NDArray[np.bool_],
-        terms: list[tuple[float, NDArray[np.bool_]]],
-        totals: NDArray[np.float64],
-        random: np.random.Generator,
-    ) -> Solver:
-        """How to integrate the flow; what is fitted to the field rehearses on cells like these."""
-
-        def rehearse() -> tuple[Velocity, Tensor]:
-            some = random.integers(len(codes), size=REHEARSAL_CELLS)
-            generator = seeded(random, self.device_)
-            return self._start(codes[some], pooled[some], terms, totals[some], generator)
-
-        return make_solver(self.solver, self.n_steps, rehearse)
-
-    def _start(
-        self,
-        codes: NDArray[np.int64],
-        pooled: NDArray[np.bool_],
-        terms: list[tuple[float, NDArray[np.bool_]]],
-        totals: NDArray[np.float64],
-        generator: torch.Generator,
-    ) -> tuple[Velocity, Tensor]:
-        """The guided field of some cells, and the noise ``(n, n_latent)`` they start from."""
-        device = self.device_
-        attributes = torch.as_tensor(codes + 1, device=device)
-        velocity = self.network_.velocity(
-            attributes,
-            terms,
-            self._flow_size(totals, device),
-            torch.as_tensor(pooled, device=device),
-        )
-        noise = torch.empty((len(codes), self.n_latent), device=device)
-        noise.normal_(generator=generator)
-        return velocity, noise * (self.temperature * self.network_.noise_scale(attributes, terms))
-
-    @torch.inference_mode()
-    def _generate_block(
-        self,
-        codes: NDArray[np.int64],
-        pooled: NDArray[np.bool_],
-        terms: list[tuple[float, NDArray[np.bool_]]],
-        totals: NDArray[np.float64],
-        solver: Solver | None,
-        given: NDArray[np.float32] | None,
-        generator: torch.Generator,
-    ) -> sparse.csr_matrix | NDArray:
-        """Cells of the given latents, or of latents that the solver carries noise to."""
-        device = self.device_
-        attributes = torch.as_tensor(codes + 1, device=device)
-        if solver is None:
-            latents = torch.as_tensor(given, device=device)
-        else:
-            velocity, noise = self._start(codes, pooled, terms, totals, generator)
-            latents = self.network_.latents(noise, velocity, solver)
-        log_size = torch.as_tensor(np.log(totals), dtype=torch.float32, device=device)
-        return self.network_.draw(latents, log_size[:, None], attributes[:, 0] - 1, generator)
-
-    def _check_wanted(
-        self,
-        labels: ArrayLike | None,
-        covariates: Mapping[str, ArrayLike] | None,
-        n_cells: int | None,
-    ) -> tuple[dict[str, NDArray], int]:
-        """Attributes that were given, by name, and the number of cells."""
-        wanted: dict[str, NDArray] = {}
-        if labels is not None:
-            wanted[LABEL] = check_attribute(labels, "labels")
-        for name, values in (covariates or {}).items():
-            known = self.attributes_.names[1:]
-            if name not in known:
-                raise ValueError(
-                    f"covariates: expected names the model was fitted with ({known}); got "
-                    f"{name!r}. Leave it out (in AnnData's door, {name}_key or --{name}-key), or "
-                    "train with it."
-                )
-            wanted[name] = check_attribute(values, name)
-        lengths = {name: len(values) for name, values in wanted.items()}
-        if n_cells is not None:
-            if not isinstance(n_cells, Integral) or n_cells < 0:
-                raise ValueError(f"n_cells: expected a whole number from 0; got {n_cells!r}.")
-            lengths["n_cells"] = int(n_cells)
-        if not lengths:
-            raise ValueError(
-                "generate: expected labels, covariates or n_cells; got none of them. Pass n_cells "
-                "to generate without attributes."
-            )
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"generate: expected equal lengths; got {lengths}.")
-        return wanted, next(iter(lengths.values()))
-
-    def _totals(
-        self,
-        size_factors: ArrayLike | None,
-        codes: NDArray[np.int64],
-        random: np.random.Generator,
-    ) -> NDArray[np.float64]:
-        n = len(codes)
-        if size_factors is not None:
-            totals = np.asarray(size_factors, dtype=np.float64)
-            if totals.shape != (n,) or not (np.isfinite(totals).all() and (totals > 0).all()):
-                raise ValueError(
-                    f"size_factors: expected {n:,} positive totals; got shape {totals.shape} with "
-                    f"smallest value {totals.min(initial=np.inf):g}."
-                )
-            return totals
-        if not self.network_.autoencoder.likelihood.uses_size_factor:
-            return np.ones(n)
-        groups, _ = self._size_factor_groups(codes)
-        return self.size_factor_.sample(groups, random)

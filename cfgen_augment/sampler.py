@@ -23,8 +23,9 @@ from cfgen_augment import annotated
 from cfgen_augment.allocation import allocate, total_after
 from cfgen_augment.attributes import Attributes, check_attribute, check_feature_names
 from cfgen_augment.counts import CellMatrix, append_rows, check_cells
+from cfgen_augment.generation import LABEL
 from cfgen_augment.likelihoods import value_kind
-from cfgen_augment.model import LABEL, CFGen
+from cfgen_augment.model import CFGen
 from cfgen_augment.parameters import check_parameters, entropy
 from cfgen_augment.processes import Processes, launched
 from cfgen_augment.solver import check_solver

@@ -103,8 +103,9 @@ def train_autoencoder(
     log_totals = torch.as_tensor(np.log(totals), dtype=torch.float32, device=device)[:, None]
     label_codes = torch.as_tensor(labels, device=device)
     splits = count_splitting and model.likelihood.values == "count"
-    draws = seeded(random, device)
-    validation_seed = int(random.integers(2**63))
+    # Cells of different processes are not split alike.
+    training_seed, validation_seed = (int(seed) for seed in random.integers(2**62, size=2))
+    draws = torch.Generator(device).manual_seed(training_seed + processes.rank)
 
     def mean_loss(rows: NDArray[np.intp], generator: torch.Generator) -> Tensor:
         at = torch.from_numpy(rows).to(device, non_blocking=True)
@@ -119,7 +120,8 @@ def train_autoencoder(
         return processes.part(mean_loss(here, draws), len(here), len(batch))
 
     def validate() -> float:
-        generator = torch.Generator(device).manual_seed(validation_seed)  # the same splits always
+        # The same splits in every epoch.
+        generator = torch.Generator(device).manual_seed(validation_seed + processes.rank)
         total = torch.zeros((), device=device)
         parts = minibatches(held_here, block_rows(X.shape[1])) if len(held_here) else ()
         for part in parts:
@@ -223,7 +225,7 @@ def train_flow(
     initialise(field, seeded(random, torch.device("cpu")))
     field.start_at_zero()
     field.to(device)
-    field.centre_on(latents, attributes[:, 0], log_size)
+    field.centre_on(latents, attributes, log_size)
     draws = seeded(random, device)
     validation_seed = int(random.integers(2**63))
 

@@ -28,6 +28,7 @@ ORDER = [
         "parameters",
         "checkpoint",
         "saved",
+        "generation",
         "model",
     ),
     *("annotated", "sampler", "files", "augmentation", "cli"),

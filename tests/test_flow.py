@@ -10,6 +10,7 @@ from torch import nn
 from cfgen_augment.flow import (
     NULL,
     SIGMA_MIN,
+    Condition,
     VelocityField,
     drop_attributes,
     flow_matching_loss,
@@ -33,6 +34,7 @@ def make_field(n_latent=2, n_categories=(3, 2), *, size_factor=False, width=16) 
         )
     field.to_empty(device="cpu")
     initialise(field, seeded())
+    field.start_without_centres(torch.device("cpu"))
     return field.eval()
 
 
@@ -60,12 +62,17 @@ def test_target_velocity_is_the_time_derivative_of_the_path(t):
 class Recorder(nn.Module):
     """A stand-in for the network that answers with the true velocity, or with zero."""
 
-    def __init__(self, z_1=None):
+    def __init__(self, z_1=None, scale=1.0):
         super().__init__()
-        self.z_1 = z_1
+        self.z_1, self.scale = z_1, scale
 
-    def forward(self, z, t, attributes, log_size):
-        self.seen = z, t, attributes, log_size
+    def embed(self, attributes, log_size, pooled):
+        self.given = attributes, log_size, pooled
+        n = len(attributes)
+        return Condition(torch.zeros(n, 0), torch.zeros(n, 1), torch.full((n, 1), self.scale))
+
+    def at(self, z, t, given):
+        self.seen = z, t
         if self.z_1 is None:
             return torch.zeros_like(z)
         z_0 = (z - t * self.z_1) / (1.0 - (1.0 - SIGMA_MIN) * t)
@@ -79,6 +86,9 @@ def test_loss_vanishes_for_the_true_velocity_and_is_its_variance_for_none():
     # E |z_1 - z_0|^2 = 2 per dimension for standard normal data
     nothing = flow_matching_loss(Recorder(), z_1, codes, None, seeded(1))
     assert nothing == pytest.approx(2.0, abs=0.1)
+    # ... and in units of the scale of noise and data, the same for both being three times as wide
+    wide = flow_matching_loss(Recorder(scale=3.0), 3.0 * z_1, codes, None, seeded(1))
+    assert wide == pytest.approx(nothing.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("n", [1, 6, 7])
@@ -86,13 +96,14 @@ def test_times_are_antithetic_and_inputs_reach_the_field(n):
     field, z_1 = Recorder(), torch.zeros(n, 2)
     codes, log_size = torch.arange(n)[:, None], torch.rand((n, 1), generator=seeded())
     flow_matching_loss(field, z_1, codes, log_size, seeded())
-    z, t, attributes, size = field.seen
+    (z, t), (attributes, size, pooled) = field.seen, field.given
     assert t.shape == (n, 1)
     assert ((t >= 0) & (t <= 1)).all()
     half = (n + 1) // 2
     torch.testing.assert_close(t[half:], 1.0 - t[: n - half])
     assert attributes is codes
     assert size is log_size
+    assert pooled is None
     assert z.std() > 0 if n > 1 else torch.isfinite(z).all()
 
 
@@ -197,6 +208,89 @@ def test_guided_field_is_the_weighted_sum_of_its_terms(terms):
     assert codes.tolist() == [[1, 2], [3, 1], [2, 2]]
 
 
+# ------------------------------------------------------------ centres and pooling
+
+
+def latents_of_labels(sizes=(200, 30, 3)):
+    """Labels around centres of their own, each with a scale of its own; sizes likewise."""
+    generator = seeded(4)
+    labels = torch.repeat_interleave(torch.arange(1, len(sizes) + 1), torch.tensor(sizes))
+    around = torch.randn((len(labels), 6), generator=generator)
+    latents = labels[:, None] + (0.5 * labels)[:, None] * around
+    return latents, labels, 0.1 * labels[:, None] + 0.01 * around[:, :1]
+
+
+def test_centres_and_scales_are_the_moments_of_labels_shrunk_where_cells_are_few():
+    latents, labels, size = latents_of_labels()
+    field = make_field(6, (3,), size_factor=True)
+    field.centre_on(latents, labels[:, None], size)
+    z, y = latents.numpy(), labels.numpy()
+    squares = np.concatenate([np.square(z[y == k] - z[y == k].mean(0)).mean(1) for k in (1, 2, 3)])
+    for k, n in ((1, 200), (2, 30), (3, 3)):
+        np.testing.assert_allclose(field.effects[k], z[y == k].mean(axis=0), rtol=1e-5)
+        np.testing.assert_allclose(field.size_centres[k], size[labels == k].mean(), rtol=1e-5)
+        own = z[y == k].var(axis=0, ddof=1).mean()
+        expected = (n * own + 20 * squares.mean()) / (n + 20)
+        assert field.scales[k].item() == pytest.approx(expected**0.5, rel=1e-5)
+    assert (field.effects[NULL] == 0).all()
+    assert field.scales[NULL] == 1
+    assert field.size_centres[NULL] == 0
+
+
+@torch.no_grad()
+def test_the_field_of_a_label_is_moved_along_with_its_centre_and_scaled():
+    field = make_field(2, (3, 2), size_factor=True)
+    z, t = torch.randn((4, 2), generator=seeded(1)), torch.full((4, 1), 0.6)
+    codes = torch.tensor([[1, 2], [2, 0], [3, 1], [NULL, 2]])
+    size = torch.full((4, 1), 0.4)
+    before = field(z, t, codes, size)
+    field.effects = torch.tensor(
+        [[0.0, 0.0], [1.0, 2.0], [-1.0, 0.5], [0.0, 3.0], *[[0.1, 0.2]] * 3]
+    )
+    field.expected = torch.tensor([[[0.0, 0.0], [0.3, 0.0], [0.0, -0.3], [1.0, 1.0]]])
+    field.scales = torch.tensor([[1.0], [2.0], [0.5], [3.0]])
+    field.size_centres = torch.tensor([[0.0], [0.1], [-0.2], [0.3]])
+    s, own = (table[codes[:, 0]] for table in (field.scales, field.size_centres))
+    # The second attribute's effect if it is given, else what is expected of it in the label.
+    m = torch.tensor([[1.1, 2.2], [-1.0, 0.2], [0.1, 3.2], [0.0, 0.0]])
+    moved = field(s * z + t * m, t, codes, size + own)
+    torch.testing.assert_close(moved, m + s * before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moved[3], before[3])
+
+
+def test_effects_of_correlated_attributes_are_told_apart():
+    random = np.random.default_rng(0)
+    labels = random.integers(1, 3, 6_000)
+    donors = np.where(random.random(6_000) < 0.9, labels, 3 - labels)  # mostly one donor's each
+    label_effect = np.array([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
+    donor_effect = np.array([[0.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
+    latents = label_effect[labels] + donor_effect[donors] + 0.3 * random.normal(size=(6_000, 2))
+    attributes = torch.as_tensor(np.column_stack([labels, donors]))
+    field = make_field(2, (2, 2))
+    field.centre_on(torch.as_tensor(latents, dtype=torch.float32), attributes, None)
+    wanted = torch.tensor([[1, 2], [2, 2], [1, NULL], [NULL, 1]])
+    centre = field.embed(wanted, None).centre
+    rare = label_effect[1] + donor_effect[2]
+    np.testing.assert_allclose(centre[0], rare, atol=0.1)
+    np.testing.assert_allclose(centre[1], label_effect[2] + donor_effect[2], atol=0.1)
+    np.testing.assert_allclose(centre[2], latents[labels == 1].mean(axis=0), atol=1e-3)
+    assert (centre[3] == 0).all()
+
+
+@torch.no_grad()
+def test_pooled_labels_differ_by_centre_and_scale_alone():
+    field = make_field(2, (3, 2))
+    z, t = torch.randn((1, 2), generator=seeded(1)).expand(4, 2), torch.full((4, 1), 0.6)
+    codes = torch.tensor([[1, 1], [2, 1], [3, 1], [NULL, 1]])
+    own = field(z, t, codes)
+    pooled = field(z, t, codes, None, torch.tensor([True, True, False, True]))
+    torch.testing.assert_close(pooled[0], pooled[1])
+    assert not torch.allclose(pooled[0], own[0])
+    # What is not pooled, or has no label, is as it was.
+    torch.testing.assert_close(pooled[2:], own[2:])
+    assert not torch.allclose(pooled[0], own[3])
+
+
 # ------------------------------------------------------------------ recovery
 
 
@@ -217,7 +311,8 @@ def gaussian_flow():
         z_1 = mean[code] + (factor[code] @ noise)[..., 0]
         given = drop_attributes(code[:, None] + 1, 0.2, generator)
         optimizer.zero_grad()
-        flow_matching_loss(field, z_1, given, None, generator).backward()
+        pooled = torch.rand(256, generator=generator) < 0.5
+        flow_matching_loss(field, z_1, given, None, generator, pooled=pooled).backward()
         optimizer.step()
         annealing.step()
     return field.requires_grad_(False), mean, factor @ factor.mT

@@ -58,6 +58,33 @@ def test_counts_live_on_a_gpu_only_if_they_fit(X, monkeypatch, free, kind, resid
     assert isinstance(made, ResidentCells) == resident
 
 
+def test_a_split_deals_out_every_molecule_once(X):
+    whole = Minibatch.of(X, np.arange(40), "count", CPU)
+    seen, rest = whole.split(torch.Generator().manual_seed(0))
+    for part in (seen, rest):
+        assert (part.values >= 0).all()
+        assert (part.values == part.values.round()).all()
+    assert torch.equal(seen.dense() + rest.dense(), whole.dense())
+    again, _ = whole.split(torch.Generator().manual_seed(0))
+    assert torch.equal(again.values, seen.values)
+    totals = torch.as_tensor(rest.dense().sum(dim=1, keepdim=True))
+    torch.testing.assert_close(rest.log_totals(), totals.clamp_min(1).log())
+
+
+def test_parts_of_poisson_counts_are_independent_given_the_share():
+    random = np.random.default_rng(0)
+    counts = sparse.csr_matrix(random.poisson(6.0, size=(400, 300)))
+    whole = Minibatch.of(counts, np.arange(400), "count", CPU)
+    seen, rest = (part.dense() for part in whole.split(torch.Generator().manual_seed(1)))
+    share = seen.sum(dim=1) / (seen.sum(dim=1) + rest.sum(dim=1))
+    # Uniform on [.3, .9], give or take the counting noise of 1,800 molecules.
+    assert share.mean() == pytest.approx(0.6, abs=0.04)
+    assert share.min() == pytest.approx(0.3, abs=0.03)
+    assert share.max() == pytest.approx(0.9, abs=0.03)
+    within = [np.corrcoef(a, b)[0, 1] for a, b in zip(seen.numpy(), rest.numpy(), strict=True)]
+    assert np.mean(within) == pytest.approx(0.0, abs=0.02)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_resident_cells_on_a_gpu(X):
     rows = np.array([3, 39, 0, 5])

@@ -15,6 +15,7 @@ from conftest import simulate
 from scipy import sparse
 
 from cfgen_augment import CFGen
+from cfgen_augment.generation import Wanted
 from cfgen_augment.solver import make_solver
 from cfgen_augment.stages import encode_cells
 
@@ -124,26 +125,96 @@ def test_guidance_by_label_changes_what_is_generated(trained):
 def test_default_solver_agrees_with_dopri5_from_the_same_noise(trained):
     labels = np.repeat(trained.classes_, 100)
     codes = trained.attributes_.encode({"label": labels}, len(labels))
-    noise = torch.randn((len(labels), trained.n_latent), generator=torch.Generator().manual_seed(0))
-    totals = np.full(len(labels), 200.0)
+    cells = Wanted(codes, np.full(len(labels), 200.0), np.arange(len(labels)) % 2 == 0)
     label_alone = trained.attributes_.terms(1.0, ["label"])
+    velocity, noise = trained._start(cells, label_alone, torch.Generator().manual_seed(0))
     exact, default = (
-        trained.network_.latents(
-            noise,
-            trained.network_.velocity(
-                torch.as_tensor(codes + 1),
-                label_alone,
-                trained._flow_size(totals, torch.device("cpu")),
-            ),
-            solver,
-        )
+        trained.network_.latents(noise, velocity, solver)
         for solver in (
             make_solver("dopri5", 1, None),
-            trained._solver(codes, label_alone, totals, np.random.default_rng(1)),
+            trained._solver(cells, label_alone, np.random.default_rng(1)),
         )
     )
     assert (exact - default).square().mean().sqrt() < 0.05 * exact.std()
     assert default.std() == pytest.approx(exact.std().item(), rel=0.01)
+
+
+# ------------------------------------------------------------------ small labels
+
+
+def latents_drawn(model, label: str, n: int, **changed) -> np.ndarray:
+    """Standardised latents of generated cells of a label."""
+    model = copy.deepcopy(model)
+    for name, value in changed.items():
+        setattr(model, name, value)
+    codes = model.attributes_.encode({"label": np.full(n, label)}, n)
+    cells = Wanted(codes, np.full(n, 200.0), model._pooled(codes[:, 0], np.random.default_rng(0)))
+    terms = model.attributes_.terms(1.0, ["label"])
+    solver = model._solver(cells, terms, np.random.default_rng(1))
+    velocity, noise = model._start(cells, terms, torch.Generator().manual_seed(2))
+    return solver(velocity, noise).numpy()
+
+
+def test_the_share_of_pooled_cells_falls_with_a_labels_size(trained):
+    assert dict(zip(trained.classes_, trained.label_counts_, strict=True)) == {
+        "B": 80,
+        "NK": 12,
+        "T": 58,
+    }
+    model = copy.deepcopy(trained)
+    labels = np.repeat([0, 1, 2], 4_000)
+    for pooling in (0.0, 60.0, 1e9):
+        model.pooling = pooling
+        drawn = model._pooled(labels, np.random.default_rng(0)).reshape(3, -1).mean(axis=1)
+        expected = pooling / (np.array([80, 12, 58]) + pooling)
+        np.testing.assert_allclose(drawn, expected, atol=0.03)
+
+
+def test_a_label_of_few_cells_varies_as_cells_do(trained, cells):
+    network = trained.network_
+    real = (trained.encode(cells.X) - network.latent_mean.numpy()) / network.latent_scale.numpy()
+    own = real[cells.labels == "NK"]
+    new = latents_drawn(trained, "NK", 500)
+    distance = np.linalg.norm(own - own.mean(axis=0), axis=1).mean()
+    made = np.linalg.norm(new - own.mean(axis=0), axis=1).mean()
+    assert made == pytest.approx(distance, rel=0.25)
+    # New cells are not the twelve again: as far from the closest as those are from each other.
+    closest = np.sort(np.linalg.norm(own[:, None] - own[None], axis=2), axis=1)[:, 1].mean()
+    to_real = np.linalg.norm(new[:, None] - own[None], axis=2).min(axis=1).mean()
+    assert to_real > 0.8 * closest
+
+
+def test_temperature_scales_the_distance_to_the_centre(trained):
+    spread = [
+        latents_drawn(trained, "B", 400, temperature=t, pooling=1e9).std(axis=0).mean()
+        for t in (0.0, 0.5, 1.0)
+    ]
+    assert spread[0] < 0.1 * spread[2]
+    assert spread[1] == pytest.approx(0.5 * spread[2], rel=0.2)
+
+
+def test_without_label_weight_there_is_no_classifier(cells):
+    with_one, without = (
+        CFGen(max_epochs=1, label_weight=weight, random_state=0, device="cpu").fit(
+            cells.X, cells.labels
+        )
+        for weight in (0.005, 0.0)
+    )
+    assert any("label_head" in name for name in with_one.network_.state_dict())
+    assert not any("label_head" in name for name in without.network_.state_dict())
+
+
+def test_telling_labels_apart_draws_their_latents_apart(cells):
+    def separation(weight: float) -> float:
+        model = CFGen(
+            n_latent=8, max_epochs=(60, 1), label_weight=weight, random_state=0, device="cpu"
+        ).fit(cells.X, cells.labels)
+        z = model.encode(cells.X)
+        means = [z[cells.labels == label].mean(axis=0) for label in model.classes_]
+        within = np.mean([z[cells.labels == label].var(axis=0).sum() for label in model.classes_])
+        return float(np.var(means, axis=0).sum() / within)
+
+    assert separation(0.1) > 1.2 * separation(0.0)
 
 
 # ------------------------------------------------------------- every size and likelihood
@@ -206,9 +277,9 @@ def test_dispersion_per_label_and_gene():
     rng = np.random.default_rng(0)
     labels = np.repeat(["poisson", "bursty"], 400)
     shape = np.where(labels == "poisson", 200.0, 0.5)[:, None]
-    X = rng.poisson(rng.gamma(shape, 10.0 / shape, (800, 8)))
+    X = rng.poisson(rng.gamma(shape, 10.0 / shape, (800, 24)))
     model = CFGen(
-        dispersion="gene-label", n_latent=4, max_epochs=(30, 5), random_state=0, device="cpu"
+        dispersion="gene-label", n_latent=2, max_epochs=(30, 5), random_state=0, device="cpu"
     )
     model.fit(X, labels)
     log_theta = model.network_.autoencoder.likelihood.log_theta.median(dim=1).values

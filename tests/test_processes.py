@@ -199,6 +199,14 @@ def test_training_together_is_training_alone(results, case, tolerance):
     assert first["layers"] == alone["layers"]
 
 
+def test_counts_are_split_in_each_process_and_all_learn_alike(results):
+    alone, first, *others = (made["splitting"] for made in results)
+    assert others == [first, first]
+    for losses, expected in zip(first["losses"], alone["losses"], strict=True):
+        np.testing.assert_allclose(losses, expected, rtol=0.05)
+        assert losses != expected
+
+
 def distance(found, expected):
     """Relative to what is expected, all entries together."""
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)

@@ -16,6 +16,7 @@ from scipy import sparse
 
 from benchmarks.speed.timing import Work, interleaved, products, repeated
 from cfgen_augment import CFGen
+from cfgen_augment.generation import Wanted
 from cfgen_augment.stages import block_rows, encode_cells
 
 _BLOCK = 4096
@@ -65,6 +66,7 @@ def stage_table(X: sparse.csr_matrix, labels: NDArray, repeats: int) -> pd.DataF
     random = np.random.default_rng(0)
     codes = model.attributes_.encode({"label": labels}, n)
     totals = model.size_factor_.sample(codes[:, 0], random)
+    cells = Wanted(codes, totals, model._pooled(codes[:, 0], random))
     terms = model.attributes_.terms(1.0, ["label"])
     latents = model.encode(X)
     hidden = tuple(model.hidden)
@@ -75,15 +77,11 @@ def stage_table(X: sparse.csr_matrix, labels: NDArray, repeats: int) -> pd.DataF
 
     @torch.inference_mode()
     def solve() -> None:
-        solver = model._solver(codes, terms, totals, np.random.default_rng(0))
+        solver = model._solver(cells, terms, np.random.default_rng(0))
+        generator = torch.Generator().manual_seed(0)
         for start in range(0, n, block):
-            rows = slice(start, start + block)
-            velocity = model.network_.velocity(
-                torch.as_tensor(codes[rows] + 1),
-                terms,
-                model._flow_size(totals[rows], torch.device("cpu")),
-            )
-            model.network_.latents(torch.randn(len(codes[rows]), model.n_latent), velocity, solver)
+            velocity, noise = model._start(cells[start : start + block], terms, generator)
+            model.network_.latents(noise, velocity, solver)
 
     generated = sparse.csr_matrix(model.generate(labels, random_state=0))
     with tempfile.TemporaryDirectory() as folder:
