@@ -23,7 +23,7 @@ from cfgen_augment.training import Schedule, hold_out, resolve_device
 
 # max_epochs="auto": minibatches to aim at, fewest and most epochs, and minibatches that tiny data
 # get at least; autoencoder and flow.
-_AUTO_EPOCHS = ((1_000, 10, 24, 100), (2_400, 20, 100, 300))
+_AUTO_EPOCHS = ((1_800, 10, 50, 100), (2_400, 20, 100, 300))
 
 
 class CFGen(FittedModel):
@@ -135,8 +135,8 @@ class CFGen(FittedModel):
 
     Notes
     -----
-    With ``max_epochs="auto"`` the autoencoder gets some 1,000 minibatches and the flow some
-    2,400, but between 10 and 24 and between 20 and 100 epochs, and of tiny data at least 100 and
+    With ``max_epochs="auto"`` the autoencoder gets some 1,800 minibatches and the flow some
+    2,400, but between 10 and 50 and between 20 and 100 epochs, and of tiny data at least 100 and
     300 minibatches. Learning rates are annealed to zero over that many; early stopping may end
     them sooner. Both networks overfit when trained for longer, and held-out losses are lowest
     where the annealing ends about when that would begin.
@@ -176,7 +176,7 @@ class CFGen(FittedModel):
         batch_size: int = 128,
         learning_rate: float | tuple[float, float] = (2e-3, 4e-3),
         count_splitting: bool = True,
-        label_weight: float = 0.005,
+        label_weight: float = 0.01,
         attribute_dropout: float = 0.2,
         validation_fraction: float = 0.1,
         patience: str | int = "auto",
