@@ -104,7 +104,7 @@ def test_labels_survive_a_round_trip(cells, tmp_path, names):
 
 def test_configuration_records_what_was_fitted(saved, model):
     document = json.loads((saved / "config.json").read_text())
-    assert document["format"] == 1
+    assert document["format"] == 2
     assert document["versions"]["cfgen-augment"] == __version__
     assert document["versions"]["torch"] == str(torch.__version__)
     assert {"numpy", "scipy", "safetensors"} < set(document["versions"])
@@ -182,7 +182,7 @@ DAMAGE = {
     "truncated weights": (_weights(lambda data: data[: len(data) // 2]), "truncated or belongs"),
     "empty weights": (_weights(lambda data: b""), "truncated or belongs"),
     "one bit": (_weights(_flip_last), "truncated or belongs"),
-    "truncated config": (_config('{"format": 1, "vers'), "it is damaged"),
+    "truncated config": (_config('{"format": 2, "vers'), "it is damaged"),
     "empty config": (_config(""), "it is damaged"),
     "binary config": (lambda d: (d / "config.json").write_bytes(b"\xff\x00"), "it is damaged"),
     "config is a list": (_config("[1, 2]"), "it is damaged"),
@@ -195,10 +195,10 @@ DAMAGE = {
     ),
     "checksum removed": (_edited(lambda d: d.pop("config_sha256"), forge=False), "was edited"),
     "newer format": (
-        _edited(lambda d: d.update(format=2)),
-        rf"expected format 1; got 2\. Load .*{__version__}",
+        _edited(lambda d: d.update(format=3)),
+        rf"expected format 2; got 3\. Load .*{__version__}",
     ),
-    "format as text": (_edited(lambda d: d.update(format="1", versions=None)), "got '1'"),
+    "format as text": (_edited(lambda d: d.update(format="2", versions=None)), "got '2'"),
     "forged width": (
         _edited(lambda d: d["parameters"].update(n_latent=5)),
         "do not fit together",
@@ -208,7 +208,7 @@ DAMAGE = {
         "do not fit together",
     ),
     "forged parameter": (
-        _edited(lambda d: d["parameters"].update(temperature=1)),
+        _edited(lambda d: d["parameters"].update(voltage=1)),
         "do not fit together",
     ),
     "forged classes": (

@@ -180,7 +180,7 @@ def test_shared_batch_norm_is_that_of_the_whole_minibatch(results):
 def test_training_together_is_training_alone(results, case, tolerance):
     alone, first, *others = (made[case] for made in results)
     for losses, expected in zip(first["losses"], alone["losses"], strict=True):
-        np.testing.assert_allclose(losses, expected, rtol=1e-3)
+        np.testing.assert_allclose(losses, expected, rtol=0.2 * tolerance)
     assert first["best"] == alone["best"]
     # Biases before a batch norm do nothing: AdamW makes steps out of the rounding of their
     # gradients, and they shift the latents as a whole.
@@ -203,7 +203,7 @@ def test_counts_are_split_in_each_process_and_all_learn_alike(results):
     alone, first, *others = (made["splitting"] for made in results)
     assert others == [first, first]
     for losses, expected in zip(first["losses"], alone["losses"], strict=True):
-        np.testing.assert_allclose(losses, expected, rtol=0.05)
+        np.testing.assert_allclose(losses, expected, rtol=0.15)
         assert losses != expected
 
 
@@ -290,7 +290,7 @@ def test_srun_starts_the_command_too(folder, tmp_path):
     assert "autoencoder" in told[0][1]  # the progress bar
 
     written = anndata.read_h5ad(tmp_path / "out.h5ad")
-    # The same cells, but for those few that rounding in training moves.
+    # Not the same cells: each process has split the counts of its own.
     expected = augment(
         anndata.read_h5ad(folder / "in.h5ad"),
         "cell_type",
@@ -301,7 +301,8 @@ def test_srun_starts_the_command_too(folder, tmp_path):
     )
     assert written.obs["cell_type"].tolist() == expected.obs["cell_type"].tolist()
     np.testing.assert_equal(dict(written.uns), dict(expected.uns))
-    assert (written.X != expected.X).mean() < 0.02
+    means = [np.asarray(made.X[150:].mean(axis=0)).ravel() for made in (written, expected)]
+    assert np.corrcoef(*means)[0, 1] > 0.95
     model = CFGen.load(tmp_path / "model")
     np.testing.assert_allclose(
         model.generate(["B"] * 50, random_state=1).mean(), written.X.mean(), rtol=0.5

@@ -234,7 +234,7 @@ def test_labels_keep_their_type(cells, convert):
 )
 @pytest.mark.parametrize("fitted_before", [False, True], ids=["own-model", "given-model"])
 def test_narrow_dtypes_saturate_and_never_wrap(container, columns, fitted_before):
-    counts = np.minimum(np.random.default_rng(0).poisson(240, size=(40, 4)), 255)
+    counts = np.minimum(np.random.default_rng(0).poisson(250, size=(40, 4)), 255)
     labels = np.repeat(["a", "b"], 20)
     sampler = make(target_size=200)
     expected, _ = sampler.fit_resample(counts, labels)
