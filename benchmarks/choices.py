@@ -3,20 +3,25 @@
     python -m benchmarks choices --data kang --splits 5 --seeds 1 --out choices/
 
 Every split of ``python -m benchmarks run`` with the same data, seed and splits gives one inner
-split: three in ten of its *training* donors are held out in turn, types are thinned among the
-others, and every choice is scored there. The donors that the split itself holds out are never
-looked at, so what is chosen here may be measured on them. ``--choices`` names some of `CHOICES`;
-``none`` (which gains are measured from) and the rivals ``nb`` and ``mixup`` are always among
-them. A choice changes one thing of the defaults unless its text says otherwise. Choices that are
-trained alike share one training. Parts are kept as they are finished, as by ``run``; the same
-command goes on where it stopped, and prints the table of all that is there.
+split: three in ten of its *training* donors are held out, types are thinned among the others,
+and every choice is scored there. No part of a split looks at the donors that the split itself
+holds out. The mean over several splits does: what one split holds out, another trains on, so
+a default chosen by that mean knows of all donors a little. ``scores.csv`` has every split alone,
+for choosing in each by itself.
+
+``--choices`` names some of `CHOICES`; ``none`` (which gains are measured from) and the rivals
+``nb`` and ``mixup`` are always among them. A choice changes one thing of the defaults unless its
+text says otherwise. Choices that are trained alike share one training. Parts are kept as they are
+finished, as by ``run``; the same command goes on where it stopped, and prints the table of all
+that is there.
 
 Gains are in F1, new cells against none, mean over inner splits: of the types made rare by
 ``--thin`` or, without it, those below 5% of the training cells; of the types not below; of all.
 Classifiers are kNN (k = 10) and logistic regression on principal components, and logistic
 regression on genes. W2 and MMD are means over the rare types; zeros and slope the largest
 difference of one of them, in fraction of zeros and in slope of log variance on log mean, from
-real cells of held-out donors; DCR is the closest-record ratio of `benchmarks.memorisation`.
+real cells of held-out donors, where a type of which a choice makes too few cells to compare is
+left out; DCR is the closest-record ratio of `benchmarks.memorisation`.
 ``ahead of`` counts the inner splits in which kNN and LR on principal components together gain
 more for rare types than the rival.
 """
@@ -86,14 +91,19 @@ class Generate:
 
 @dataclass(frozen=True)
 class Allocate:
-    """How many cells a choice adds of each type; see `benchmarks.genes.allocation`."""
+    """How many cells a choice adds of each type; see `benchmarks.genes.allocation`.
 
-    target_size: float = 2.0
+    Without a `target_size`, as many in all as were asked for.
+    """
+
+    target_size: float | None = None
     exponent: float = 0.5
 
     def __call__(self, training: Training, fitted: CFGen) -> New:
         """Cells of the fitted model, as many as that."""
-        to_add = allocation(training.cells, self.target_size, exponent=self.exponent)
+        asked = len(training.cells) + sum(training.to_add.values())
+        target = asked if self.target_size is None else self.target_size
+        to_add = allocation(training.cells, target, exponent=self.exponent)
         return cfgen.cfgen(replace(training, to_add=to_add), fitted)
 
 
@@ -225,7 +235,7 @@ CHOICES: dict[str, Arm] = {
         "no flow: the type's centre, and how real cells of all types lie around theirs",
         cfgen.autoencoder_pooled,
     ),
-    # How many cells of which type: "exponent 0.5" and "2 times the cells" are the defaults.
+    # How many cells of which type: types weigh n^-.5 by default.
     "exponent .25": _made("types weigh n^-.25", Allocate(exponent=0.25)),
     "exponent .75": _made("types weigh n^-.75", Allocate(exponent=0.75)),
     "exponent 1": _made("types weigh 1/n", Allocate(exponent=1.0)),

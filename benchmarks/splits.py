@@ -138,7 +138,7 @@ def inner_splits(
     """One split within the training donors of each split of `make_splits`.
 
     What a default is chosen on: three in ten of a split's training donors are held out, and the
-    donors that the split itself holds out appear nowhere.
+    donors that the split itself holds out are not in its inner split. They are in those of others.
 
     Parameters
     ----------

@@ -195,8 +195,8 @@ def test_generation_parameters_reach_the_model_and_leave_it(fitted):
 @pytest.mark.parametrize(
     ("name", "total", "ratio"),
     [
-        pytest.param("exponent 1", 120, 22 / 6, id="1/n"),
-        pytest.param("exponent .25", 120, (22 / 6) ** 0.25, id="fourth root"),
+        pytest.param("exponent 1", 35, 22 / 6, id="1/n"),
+        pytest.param("exponent .25", 35, (22 / 6) ** 0.25, id="fourth root"),
         pytest.param("3 times the cells", 240, (22 / 6) ** 0.5, id="three times"),
         pytest.param("1.25 times the cells", 30, (22 / 6) ** 0.5, id="a quarter more"),
     ],
