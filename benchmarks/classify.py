@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -114,6 +114,38 @@ def logistic_predict(
     ndarray
         Predicted types, ``(n_test,)``.
     """
+    return _logistic(train, labels, weights, test, LogisticRegression.predict)
+
+
+def logistic_probability(
+    train: Values, labels: NDArray, test: Values, test_labels: NDArray
+) -> NDArray:
+    """How probable the regression of `logistic_predict` finds each cell's own label.
+
+    Parameters
+    ----------
+    train, labels, test
+        As there.
+    test_labels
+        Labels of the cells of `test`, all among those of `train`.
+
+    Returns
+    -------
+    ndarray
+        Probabilities, ``(n_test,)``.
+    """
+    of_types = _logistic(train, labels, None, test, LogisticRegression.predict_proba)
+    columns = np.searchsorted(np.unique(labels), test_labels)
+    return of_types[np.arange(len(test_labels)), columns]
+
+
+def _logistic(
+    train: Values,
+    labels: NDArray,
+    weights: NDArray | None,
+    test: Values,
+    ask: Callable[[LogisticRegression, Values], NDArray],
+) -> NDArray:
     _check(train, labels, weights)
     values: Any = train.astype(np.float32)
     if sparse.issparse(values) and values.shape[0] * values.shape[1] * 4 <= _DENSE_BYTES:
@@ -126,12 +158,12 @@ def logistic_predict(
             warnings.simplefilter("error", failure)
         try:
             model.fit(values, labels, sample_weight=weights)
-            return model.predict(test.astype(np.float32))
+            return ask(model, test.astype(np.float32))
         except failures:  # single precision is too coarse for these values
             pass
     model = LogisticRegression(tol=_TOLERANCE, max_iter=_MOST_STEPS)
     model.fit(train.astype(np.float64), labels, sample_weight=weights)
-    return model.predict(test.astype(np.float64))
+    return ask(model, test.astype(np.float64))
 
 
 def celltypist_predict(

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -163,10 +163,11 @@ def open_manifest(
     before: dict[str, Any] = {}
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
+        there = _defaults() | before["settings"]
         differing = [
-            f"{name}: {before['settings'].get(name)!r} there, {value!r} now"
+            f"{name}: {there[name]!r} there, {value!r} now"
             for name, value in _comparable(settings.document()).items()
-            if before["settings"].get(name) != value
+            if there[name] != value
         ]
         if before["data"]["hash"] != data["hash"]:
             differing.append("the data themselves")
@@ -197,6 +198,11 @@ def open_manifest(
         "hardware": hardware(),
         "notes": notes,
     }
+
+
+def _defaults() -> dict[str, Any]:
+    """Defaults of settings, which results are of that were made before a setting was there."""
+    return {field.name: field.default for field in fields(Settings)}
 
 
 def _comparable(document: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -13,14 +13,14 @@ import torch
 from joblib import Parallel, delayed, parallel_config
 from threadpoolctl import threadpool_limits
 
-from benchmarks.arms import ARMS
+from benchmarks.arms import ARMS, Arm
 from benchmarks.cells import Cells, Training
 from benchmarks.cost import Cost, measured
 from benchmarks.data import load_cells
 from benchmarks.evaluation import Prepared, as_records, evaluate, prepare, real_reference
 from benchmarks.results import Costs, Part, write_part
 from benchmarks.settings import Place, Settings
-from benchmarks.splits import Split, make_splits
+from benchmarks.splits import Split, inner_splits, make_splits
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def cells_of(settings: Settings) -> Cells:
 
 def splits_of(settings: Settings) -> list[Split]:
     """The splits: the same in every process."""
-    return make_splits(
+    make = inner_splits if settings.inner else make_splits
+    return make(
         cells_of(settings),
         n_splits=settings.n_splits,
         held_out_fraction=settings.held_out,
@@ -76,7 +77,13 @@ def _prepared(settings: Settings, place: Place, split: int) -> Prepared:
     )
 
 
-def plan(n_splits: int, n_seeds: int, arms: Sequence[str], done: Iterable[Part]) -> list[Task]:
+def plan(
+    n_splits: int,
+    n_seeds: int,
+    arms: Sequence[str],
+    done: Iterable[Part],
+    table: Mapping[str, Arm] = ARMS,
+) -> list[Task]:
     """Tasks that are left, split by split.
 
     Parameters
@@ -87,6 +94,8 @@ def plan(n_splits: int, n_seeds: int, arms: Sequence[str], done: Iterable[Part])
         Names, in the order of the tables. Arms without randomness get the first seed only.
     done
         Parts that are on disk already.
+    table
+        What the names mean.
     """
     done = set(done)
     tasks = []
@@ -94,9 +103,9 @@ def plan(n_splits: int, n_seeds: int, arms: Sequence[str], done: Iterable[Part])
         for seed in range(n_seeds):
             families: dict[Any, list[str]] = {}
             for arm in arms:
-                if (seed and ARMS[arm].seedless) or Part(split, seed, arm) in done:
+                if (seed and table[arm].seedless) or Part(split, seed, arm) in done:
                     continue
-                families.setdefault(ARMS[arm].fit or arm, []).append(arm)
+                families.setdefault(table[arm].fit or arm, []).append(arm)
             tasks += [Task(split, seed, tuple(names)) for names in families.values()]
     return tasks
 
@@ -107,7 +116,7 @@ def arm_seed(settings: Settings, split: int, seed: int) -> int:
     return int(sequence.generate_state(1)[0])
 
 
-def work(settings: Settings, place: Place, task: Task) -> Outcome:
+def work(settings: Settings, place: Place, task: Task, arms: Mapping[str, Arm] = ARMS) -> Outcome:
     """Do a task in this process and write each part as it is finished.
 
     An arm that fails is told in the outcome and leaves no part, so that the others go on and a
@@ -121,13 +130,15 @@ def work(settings: Settings, place: Place, task: Task) -> Outcome:
             prepared = _prepared(settings, place, task.split)
             training = prepared.training_with(arm_seed(settings, task.split, task.seed))
             try:
-                fitted, fit_cost = _fit(task.arms[0], training)
+                fitted, fit_cost = _fit(arms[task.arms[0]], training)
             except Exception as error:  # told, not hidden: see `Outcome.failures`
                 outcome.failures.update(dict.fromkeys(task.arms, _message(error)))
                 return outcome
             for part in task.parts():
                 try:
-                    seconds = _one(settings, place, part, prepared, training, fitted, fit_cost)
+                    seconds = _one(
+                        settings, place, part, arms[part.arm], prepared, training, fitted, fit_cost
+                    )
                 except Exception as error:
                     outcome.failures[part.arm] = _message(error)
                 else:
@@ -137,12 +148,11 @@ def work(settings: Settings, place: Place, task: Task) -> Outcome:
     return outcome
 
 
-def _fit(arm: str, training: Training) -> tuple[Any, Cost]:
-    fit = ARMS[arm].fit
-    if fit is None:
+def _fit(arm: Arm, training: Training) -> tuple[Any, Cost]:
+    if arm.fit is None:
         return None, Cost()
     with measured() as cost:
-        fitted = fit(training)
+        fitted = arm.fit(training)
     return fitted, cost
 
 
@@ -150,12 +160,12 @@ def _one(
     settings: Settings,
     place: Place,
     part: Part,
+    arm: Arm,
     prepared: Prepared,
     training: Training,
     fitted: Any,
     fit_cost: Cost,
 ) -> float:
-    arm = ARMS[part.arm]
     start = time.perf_counter()
     with measured() as make_cost:
         new = arm.make(training) if arm.fit is None else arm.make(training, fitted)
@@ -184,6 +194,7 @@ def run(
     tasks: Sequence[Task],
     expected: Callable[[Task], float],
     say: Callable[[str], None],
+    table: Mapping[str, Arm] = ARMS,
 ) -> dict[Part, str]:
     """Do all tasks, as many at a time as `place` has jobs.
 
@@ -197,6 +208,8 @@ def run(
         Seconds that a task is expected to take; only proportions matter, for the time left.
     say
         Takes one line for every finished task.
+    table
+        What the names of arms mean.
 
     Returns
     -------
@@ -208,7 +221,10 @@ def run(
     with parallel_config(backend="loky", inner_max_num_threads=place.threads):
         outcomes = Parallel(
             n_jobs=place.jobs, return_as="generator_unordered", pre_dispatch="2*n_jobs"
-        )(delayed(work)(settings, place, task) for task in tasks)
+        )(
+            delayed(work)(settings, place, task, {name: table[name] for name in task.arms})
+            for task in tasks
+        )
         for number, outcome in enumerate(outcomes, start=1):
             task = outcome.task
             done += expected(task)

@@ -37,6 +37,8 @@ class Settings:
         Whether CellTypist's own model is fitted too.
     seed
         Source of splits, and of every arm's seeds.
+    inner
+        Whether every split is one within its training donors, see `splits.inner_splits`.
     """
 
     data: str
@@ -54,6 +56,7 @@ class Settings:
     rare_share: float = 0.05
     celltypist: bool = False
     seed: int = 0
+    inner: bool = False
 
     def __post_init__(self) -> None:
         for name, low, high in (

@@ -16,6 +16,9 @@ from benchmarks.cells import Cells
 logger = logging.getLogger(__name__)
 
 _LEAVE_ONE_OUT = 5  # donors up to which each is held out once
+_INNER_HELD_OUT = 0.3  # share of a split's training donors that its inner split holds out
+_INNER_FOLDS = 3  # folds that stand in for them where cells have no donors
+_INNER_SEED = 100  # added to the seed, so that no inner split deals as an outer one does
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,59 @@ def make_splits(
             )
         )
     return splits
+
+
+def inner_splits(
+    cells: Cells,
+    *,
+    n_splits: int = 5,
+    held_out_fraction: float = 0.2,
+    thin: Mapping[str, int] | None = None,
+    reserve: float = 0.1,
+    seed: int = 0,
+) -> list[Split]:
+    """One split within the training donors of each split of `make_splits`.
+
+    What a default is chosen on: three in ten of a split's training donors are held out, and the
+    donors that the split itself holds out are not in its inner split. They are in those of others.
+
+    Parameters
+    ----------
+    cells, n_splits, held_out_fraction, seed
+        As for `make_splits`, whose training donors are meant.
+    thin, reserve
+        As there, of the cells trained on inside.
+
+    Returns
+    -------
+    list of Split
+        In the order of the outer splits and with their numbers; rows are those of `cells`.
+
+    Raises
+    ------
+    ValueError
+        As `make_splits`, outside and inside.
+    """
+    outer = make_splits(
+        cells,
+        n_splits=n_splits,
+        held_out_fraction=held_out_fraction,
+        reserve=0.0,
+        seed=seed,
+    )
+    found = []
+    for split in outer:
+        (inner, *_) = make_splits(
+            cells.take(split.train),
+            n_splits=_INNER_FOLDS,
+            held_out_fraction=_INNER_HELD_OUT,
+            thin=thin,
+            reserve=reserve,
+            seed=seed + _INNER_SEED + split.number,
+        )
+        train, test, pool = (split.train[rows] for rows in (inner.train, inner.test, inner.pool))
+        found.append(Split(split.number, inner.held_out, train, test, pool))
+    return found
 
 
 def parse_thin(text: str) -> dict[str, int]:

@@ -10,7 +10,13 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from benchmarks import classify
-from benchmarks.classify import celltypist_predict, knn_predict, logistic_predict, scores
+from benchmarks.classify import (
+    celltypist_predict,
+    knn_predict,
+    logistic_predict,
+    logistic_probability,
+    scores,
+)
 
 
 def overlapping(n=300, width=5, seed=0):
@@ -97,6 +103,16 @@ def test_logistic_regression_is_scikit_learns(monkeypatch, dense_bytes):
     assert clear.mean() > 0.9
     theirs = exact.predict(test.toarray())
     np.testing.assert_array_equal(predicted[clear], theirs[clear])
+
+
+def test_a_probability_is_that_of_the_cells_own_label():
+    values, labels = sparse_logs()
+    test, own = sparse_logs(100, seed=1)
+    found = logistic_probability(values, labels, test, own)
+    model = LogisticRegression(solver="newton-cg", tol=1e-8).fit(values.toarray(), labels)
+    of_types = model.predict_proba(test.toarray())
+    expected = [p[list(model.classes_).index(name)] for p, name in zip(of_types, own, strict=True)]
+    np.testing.assert_allclose(found, expected, atol=0.01)
 
 
 def test_sparse_and_dense_values_predict_alike():

@@ -18,6 +18,7 @@ from scipy import sparse
 from benchmarks.cells import New, Training
 from benchmarks.rivals.oversampling import none, pairs, wanted
 from cfgen_augment import CFGen, CFGenSampler
+from cfgen_augment.model import LABEL
 
 _DONOR = "donor"  # what CFGenSampler calls the attribute
 _SHRINKAGE = 0.5  # share of the way to the type's mean
@@ -47,11 +48,6 @@ def fit_with_donors(training: Training, template: CFGen | None = None) -> CFGen:
     ValueError
         If the cells have no donors.
     """
-    if training.cells.donors is None:
-        raise ValueError(
-            "cells: expected donors to train CFGen with; got None. Use data with donors, or the "
-            "arm without them."
-        )
     return _fit(training, template, with_donors=True)
 
 
@@ -65,10 +61,8 @@ def cfgen(training: Training, fitted: CFGen) -> New:
     if not totals:
         return none(training)
     sampler = _sampler(training, totals, fitted)
-    with_donors = _DONOR in fitted.attributes_.names
-    values, labels = sampler.synthesise(
-        training.cells.counts, training.cells.labels, donor=_donors(training, with_donors)
-    )
+    donors = _donors(training) if _DONOR in fitted.attributes_.names else None
+    values, labels = sampler.synthesise(training.cells.counts, training.cells.labels, donor=donors)
     return New(sparse.csr_matrix(values, dtype=np.float32), labels)
 
 
@@ -108,12 +102,57 @@ def autoencoder_shrunk(training: Training, fitted: CFGen) -> New:
     return _decoded(training, fitted, shrunk)
 
 
+def autoencoder_pooled(training: Training, fitted: CFGen) -> New:
+    r"""Latents as far from their type's centre as those of random real cells of all types.
+
+    With centres ``m`` and scales ``s`` of the fitted field, ``z = m_y + s_y (z' - m_y') / s_y'``
+    for a cell of type ``y'`` at ``z'``: what a flow that pools all types has to learn.
+    """
+    labels = _labels(training)
+    if not len(labels):
+        return none(training)
+    network = fitted.network_
+    moments = (network.latent_mean, network.latent_scale, network.field.centres)
+    mean, scale, centres = (moment.cpu().numpy() for moment in moments)
+    centres, scales = mean + scale * centres[1:], network.field.scales.cpu().numpy()[1:]
+    cells = training.cells
+    own = np.searchsorted(fitted.classes_, cells.labels)
+    residuals = (fitted.encode(cells.counts) - centres[own]) / scales[own]
+    random = np.random.default_rng(training.seed)
+    chosen = residuals[random.integers(len(residuals), size=len(labels))]
+    new = np.searchsorted(fitted.classes_, labels)
+    return _drawn(training, fitted, labels, centres[new] + scales[new] * chosen)
+
+
+def with_donors(training: Training, fitted: CFGen, *, composed: bool = False) -> New:
+    """Cells of a model fitted with donors, in the styles of all donors trained on, equally often.
+
+    Parameters
+    ----------
+    training, fitted
+        As for `cfgen`.
+    composed
+        Whether type and donor are composed by Eq. 10, each seen alone; given together otherwise.
+    """
+    labels = _labels(training)
+    if not len(labels):
+        return none(training)
+    donors = np.unique(_donors(training))
+    random = np.random.default_rng(training.seed)
+    values = fitted.generate(
+        labels,
+        covariates={_DONOR: donors[random.integers(len(donors), size=len(labels))]},
+        guidance={LABEL: 1.0, _DONOR: 1.0} if composed else 1.0,
+        random_state=_generation_seed(training),
+    )
+    return New(sparse.csr_matrix(values, dtype=np.float32), labels)
+
+
 def _fit(training: Training, template: CFGen | None, *, with_donors: bool) -> CFGen:
     # Totals as they are: the sampler trains, with the seed it would always use, and adds nothing.
     sampler = _sampler(training, training.cells.sizes(), template)
-    sampler.synthesise(
-        training.cells.counts, training.cells.labels, donor=_donors(training, with_donors)
-    )
+    donors = _donors(training) if with_donors else None
+    sampler.synthesise(training.cells.counts, training.cells.labels, donor=donors)
     return sampler.generator_
 
 
@@ -122,8 +161,14 @@ def _sampler(training: Training, totals: dict[str, int], generator: CFGen | None
     return CFGenSampler(totals, min_cells=1, generator=generator, random_state=training.seed)
 
 
-def _donors(training: Training, wanted: bool) -> np.ndarray | None:
-    return training.cells.donors if wanted else None
+def _donors(training: Training) -> NDArray:
+    donors = training.cells.donors
+    if donors is None:
+        raise ValueError(
+            "cells: expected donors to train CFGen with; got None. Use data with donors, or the "
+            "arm without them."
+        )
+    return donors
 
 
 def _decoded(training: Training, fitted: CFGen, place: Place) -> New:
@@ -131,15 +176,26 @@ def _decoded(training: Training, fitted: CFGen, place: Place) -> New:
     types = wanted(training)
     if not types:
         return none(training)
-    labels = np.repeat([name for name, _, _ in types], [n for _, _, n in types])
     random = np.random.default_rng(training.seed)
     counts = training.cells.counts
     latents = np.concatenate(
         [place(fitted.encode(counts[rows]), n, random) for _, rows, n in types]
     )
-    # The seed that CFGenSampler generates with.
-    _, _, for_generate = np.random.SeedSequence(training.seed).spawn(3)
-    values = fitted.generate(
-        labels, latents=latents, random_state=int(for_generate.generate_state(1)[0])
-    )
+    return _drawn(training, fitted, _labels(training), latents)
+
+
+def _labels(training: Training) -> NDArray:
+    """Types of the new cells, sorted."""
+    types = wanted(training)
+    return np.repeat([name for name, _, _ in types], [n for _, _, n in types])
+
+
+def _drawn(training: Training, fitted: CFGen, labels: NDArray, latents: NDArray[np.float32]) -> New:
+    values = fitted.generate(labels, latents=latents, random_state=_generation_seed(training))
     return New(sparse.csr_matrix(values, dtype=np.float32), labels)
+
+
+def _generation_seed(training: Training) -> int:
+    """The seed that CFGenSampler generates with."""
+    _, _, for_generate = np.random.SeedSequence(training.seed).spawn(3)
+    return int(for_generate.generate_state(1)[0])
