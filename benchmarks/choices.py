@@ -189,8 +189,8 @@ CHOICES: dict[str, Arm] = {
     # What the autoencoder learns.
     "no count splitting": _trained("encoder sees the counts it explains", count_splitting=False),
     "no label head": _trained("autoencoder need not tell labels apart", label_weight=0.0),
-    "label weight .001": _trained("a fifth of the default", label_weight=0.001),
-    "label weight .02": _trained("four times the default", label_weight=0.02),
+    "label weight .002": _trained("a fifth of the default", label_weight=0.002),
+    "label weight .05": _trained("five times the default", label_weight=0.05),
     "20 latents": _trained("instead of 50", n_latent=20),
     "dispersion per label": _trained("and gene", dispersion="gene-label"),
     # What the flow learns.

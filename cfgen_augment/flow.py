@@ -224,7 +224,9 @@ class VelocityField(nn.Module):
             self.expected[k] = mean(self.effects[self._starts[k + 1] + codes])
         if log_size is not None:
             self.size_centres = mean(log_size).float()
-        squares = (latents - self._centre(labels, [torch.zeros_like(c) for c in others])).square()
+        label_alone = torch.zeros_like(attributes)
+        label_alone[:, 0] = labels
+        squares = (latents - self.centre(label_alone)).square()
         own = mean(squares.mean(dim=1, keepdim=True)) * cells / (cells - 1.0).clamp_min(1.0)
         trust = cells / (cells + _TRUSTED_CELLS)
         scales = (trust * own + (1.0 - trust) * squares.mean()).sqrt().float()
@@ -246,8 +248,12 @@ class VelocityField(nn.Module):
         ridge[: len(self.scales)] = absent[: len(self.scales)]
         return torch.linalg.solve(together + torch.diag(ridge), wanted)
 
-    def _centre(self, labels: Tensor, others: Sequence[Tensor]) -> Tensor:
-        """Centres ``(n, n_latent)``; what is not given counts as it is on average in the label."""
+    def centre(self, attributes: Tensor) -> Tensor:
+        """Centres ``(n, n_latent)`` for category codes ``(n, n_attributes)``.
+
+        What is not given counts as it is on average in the label; without a label, zero.
+        """
+        labels, *others = attributes.unbind(1)
         centre = self.effects[labels]
         for start, expected, codes in zip(self._starts[1:], self.expected, others, strict=True):
             given = (codes != NULL)[:, None]
@@ -294,7 +300,7 @@ class VelocityField(nn.Module):
             # Deep for its label: what is deep for one is shallow for another.
             parts.append(self.size_factor(log_size - self.size_centres[labels]))
         embedding = torch.stack(parts).sum(dim=0)
-        return Condition(embedding, self._centre(labels, others), self.scales[labels])
+        return Condition(embedding, self.centre(attributes), self.scales[labels])
 
     def at(self, z: Tensor, t: Tensor, given: Condition) -> Tensor:
         """Velocity ``(n, n_latent)`` given what `embed` made of the conditions."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, stats
 
 _CELLS_FOR_A_SHIFT = 100  # fewer cannot tell skewness from chance
 
@@ -68,11 +68,8 @@ class LogNormalSizeFactor:
         if n_groups == 1:
             trust, prior = np.ones(1), 0.0
         else:
-            # Between-group variance by moments: what the group means vary by beyond the
-            # variance that their own sampling error explains.
-            spread = (size * (raw_mean - shared) ** 2).sum() - (np.sum(size > 0) - 1) * within
-            effective = len(log_total) - (size**2).sum() / len(log_total)
-            between = max(spread / max(effective, 1e-12), 0.0)
+            present = size > 0
+            between, shared = _between(raw_mean[present], within / size[present])
             trust = size * between / np.maximum(size * between + within, 1e-300)
             prior = _PRIOR_CELLS
         # A few cells may tell where their group lies, but not how far it reaches.
@@ -137,6 +134,32 @@ class LogNormalSizeFactor:
     def from_json(cls, document: dict[str, Any]) -> LogNormalSizeFactor:
         """Read what `to_json` made."""
         return cls(**{name: np.array(values, dtype=float) for name, values in document.items()})
+
+
+def _between(means: NDArray[np.float64], errors: NDArray[np.float64]) -> tuple[float, float]:
+    """Variance between groups, and the mean of groups, by the estimator of Paule and Mandel.
+
+    Every group counts, however few cells it has, for it is groups that the variance is between:
+    weighed by their cells, three large types that happen to be alike would say that all types
+    are. The variance solves ``sum w (m - m_w)^2 = n_groups - 1`` with ``w = 1 / (variance +
+    error)`` and the mean ``m_w`` weighted by ``w``.
+
+    Parameters
+    ----------
+    means, errors
+        Mean of every group and its sampling variance, each ``(n_groups,)``.
+    """
+
+    def excess(variance: float) -> float:
+        weights = 1.0 / np.maximum(variance + errors, tiny)
+        centre = np.average(means, weights=weights)
+        return float((weights * (means - centre) ** 2).sum()) - (len(means) - 1)
+
+    tiny = 1e-12
+    most = float(np.ptp(means)) ** 2 + tiny  # at which the sum is below n_groups - 1
+    between = float(optimize.brentq(excess, 0.0, most)) if excess(0.0) > 0 else 0.0
+    weights = 1.0 / np.maximum(between + errors, tiny)
+    return between, float(np.average(means, weights=weights))
 
 
 def _most_likely_shift(totals: NDArray[np.float64]) -> float:

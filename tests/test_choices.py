@@ -392,13 +392,13 @@ def test_no_rare_types_and_no_results(tables):
 
 def test_command_trains_once_writes_and_goes_on(tmp_path, capsys, command, quick, trainings):
     out = tmp_path / "choices"
-    first = ["--choices", "defaults", "temperature .7", "label weight .02", "--out", str(out)]
+    first = ["--choices", "defaults", "temperature .7", "label weight .05", "--out", str(out)]
     assert main([*command, *first]) == 0
     assert len(trainings) == 2
     printed = capsys.readouterr().out
     assert "6 of 6 parts" in printed
     rows = [line.split(" | ")[0] for line in printed.splitlines() if line.startswith("| ")]
-    expected = ["choice", "real", "nb", "mixup", "defaults", "label weight .02", "temperature .7"]
+    expected = ["choice", "real", "nb", "mixup", "defaults", "label weight .05", "temperature .7"]
     assert rows == [f"| {name}" for name in expected]
     table = pd.read_csv(out / "choices.csv", index_col="choice")
     assert table.loc["temperature .7", "splits"] == 1
@@ -412,7 +412,7 @@ def test_command_trains_once_writes_and_goes_on(tmp_path, capsys, command, quick
 
     # Another choice trained as the defaults are: only its part is made, others are left alone.
     stamps = {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
-    assert Part(0, 0, "label weight .02") in results.finished(out)
+    assert Part(0, 0, "label weight .05") in results.finished(out)
     assert main([*command, "--choices", "guidance 2", "--out", str(out)]) == 0
     assert "1 of 4 parts" in capsys.readouterr().out
     assert len(trainings) == 3

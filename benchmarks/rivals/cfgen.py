@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
 from benchmarks.cells import New, Training
 from benchmarks.rivals.oversampling import none, pairs, wanted
 from cfgen_augment import CFGen, CFGenSampler
-from cfgen_augment.model import LABEL
+from cfgen_augment.generation import LABEL
 
 _DONOR = "donor"  # what CFGenSampler calls the attribute
 _SHRINKAGE = 0.5  # share of the way to the type's mean
@@ -112,9 +113,11 @@ def autoencoder_pooled(training: Training, fitted: CFGen) -> New:
     if not len(labels):
         return none(training)
     network = fitted.network_
-    moments = (network.latent_mean, network.latent_scale, network.field.centres)
-    mean, scale, centres = (moment.cpu().numpy() for moment in moments)
-    centres, scales = mean + scale * centres[1:], network.field.scales.cpu().numpy()[1:]
+    codes = torch.zeros((len(fitted.classes_), len(fitted.attributes_.names)), dtype=torch.long)
+    codes[:, 0] = torch.arange(len(codes)) + 1
+    placed = network.field.centre(codes.to(network.device))
+    centres = (network.latent_mean + network.latent_scale * placed).cpu().numpy()
+    scales = network.field.scales.cpu().numpy()[1:]
     cells = training.cells
     own = np.searchsorted(fitted.classes_, cells.labels)
     residuals = (fitted.encode(cells.counts) - centres[own]) / scales[own]
