@@ -138,8 +138,13 @@ class CFGen(FittedModel):
     With ``max_epochs="auto"`` the autoencoder gets some 1,800 minibatches and the flow some
     2,400, but between 10 and 50 and between 20 and 100 epochs, and of tiny data at least 100 and
     300 minibatches. Learning rates are annealed to zero over that many; early stopping may end
-    them sooner. Both networks overfit when trained for longer, and held-out losses are lowest
-    where the annealing ends about when that would begin.
+    them sooner. Longer training overfits: the flow's held-out loss rises again, and of labels
+    with some twenty cells the autoencoder learns those very cells, which costs more on donors
+    that it has not seen than it gains.
+
+    Three things go beyond the paper, so that labels of few cells can be learned: count
+    splitting, the classifier of labels, and fields pooled around the labels' centres. With
+    ``count_splitting=False, label_weight=0, pooling=0`` they are off, but for the centres.
 
     A held-out cell that stops training early is still encoded and learned by the flow; it is
     part of the training data, never of a test set.
