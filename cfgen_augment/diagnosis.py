@@ -283,8 +283,11 @@ def _against_halves(
 
 
 def _components(logs: sparse.csr_matrix, width: int, seed: int) -> NDArray[np.float64]:
-    """Principal components of cells, ``(n_cells, width)`` or fewer where there are fewer genes."""
-    if width >= logs.shape[1] or logs.nnz == 0:
+    """Principal components of cells, ``(n_cells, width)``.
+
+    All genes instead where there are too few of them, or none that varies.
+    """
+    if width >= logs.shape[1] or (logs.max(axis=0) != logs.min(axis=0)).nnz == 0:
         return logs.toarray().astype(np.float64)
     space = PCA(width, svd_solver="arpack", random_state=seed)
     return space.fit_transform(logs).astype(np.float64)
