@@ -21,7 +21,7 @@ FAILED = 5
 INTERRUPTED = 130
 
 _EPILOG = f"""exit codes: {OK} done; {BAD_INPUT} bad usage or unusable data; {OUTPUT_EXISTS} output,
-report or saved model exists and --force was not given; {UNREADABLE} input or model cannot be read;
+report or saved model exists, without --force; {UNREADABLE} input or model cannot be read;
 {FAILED} training or writing failed; {INTERRUPTED} interrupted. The output appears complete or not
 at all."""
 _TRAINING = ("likelihood", "size_factor", "max_epochs")  # options that a saved model has decided
