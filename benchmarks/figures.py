@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,24 +19,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
+from cfgen_augment.plot import PLAIN, short
+
 GAIN, LOSS, NEITHER = "#0072B2", "#D55E00", "0.3"
 STYLES = (("black", "o"), ("#009E73", "s"), ("#CC79A7", "D"), ("#E69F00", "^"), ("#56B4E9", "v"))
-
-#: Type names are shown as they are: a dollar sign starts no formula.
-PLAIN: dict[Any, Any] = {
-    "text.parse_math": False,
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 9.5,
-}
-
-
-def short(name: str, length: int = 26) -> str:
-    """`name` on one line, cut to `length` characters."""
-    name = " ".join(name.split())
-    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def reach(gains: pd.DataFrame) -> float:

@@ -13,18 +13,17 @@ genes, where .50 is right.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.metrics import roc_auc_score
-from sklearn.neighbors import NearestNeighbors
+
+from cfgen_augment.measures import exact_copies, nearest
 
 _FEWEST = 5
 _MOST = 1000
-_BLOCK = 4096
 
 
 def memorisation(
@@ -107,23 +106,6 @@ _COLUMNS = (
 )
 
 
-def exact_copies(training: sparse.csr_matrix, new: sparse.csr_matrix) -> float:
-    """Share of rows of `new` that are a row of `training`, to the last bit."""
-    if not new.shape[0]:
-        return float("nan")
-    known = set(_row_bytes(training))
-    return float(np.mean([row in known for row in _row_bytes(new)]))
-
-
-def _row_bytes(values: sparse.csr_matrix) -> list[bytes]:
-    """Every row as bytes; equal rows have equal bytes however they are stored."""
-    values = values.astype(np.float32, copy=True)
-    values.sum_duplicates()
-    values.eliminate_zeros()
-    columns, ends = values.indices.astype(np.int64), values.indptr
-    return [columns[a:b].tobytes() + values.data[a:b].tobytes() for a, b in pairwise(ends)]
-
-
 @dataclass(frozen=True)
 class _Compared:
     """Log-normalised values of the cells of one type."""
@@ -138,7 +120,7 @@ class _Compared:
         others = self._sample(self.others)
         members = self._sample(self.training)
         new = self._sample(self.new)
-        near = {"new": _nearest(new, self.training), "real": _nearest(others, self.training)}
+        near = {"new": nearest(new, self.training), "real": nearest(others, self.training)}
         found: dict[str, float] = {}
         for name, distances in near.items():
             found[f"dcr_{name}"] = float(np.median(distances[:, 0]))
@@ -146,7 +128,7 @@ class _Compared:
         for name in ("dcr", "nn"):
             real = found[f"{name}_real"]
             found[f"{name}_ratio"] = found[f"{name}_new"] / real if real > 0 else float("nan")
-        score = -np.concatenate([_nearest(cells, self.new)[:, 0] for cells in (members, others)])
+        score = -np.concatenate([nearest(cells, self.new)[:, 0] for cells in (members, others)])
         truth = np.repeat([1, 0], [len(members), len(others)])
         return found | {"mia_auc": float(roc_auc_score(truth, score))}
 
@@ -155,17 +137,6 @@ class _Compared:
         if n > _MOST:
             cells = cells[self.random.choice(n, _MOST, replace=False)]
         return cells.toarray().astype(np.float32, copy=False)
-
-
-def _nearest(cells: NDArray, among: sparse.csr_matrix) -> NDArray:
-    """Distances to the two closest, or the one there is, ``(n_cells, 2)`` or ``(n_cells, 1)``."""
-    closest = np.empty((len(cells), 0))
-    for start in range(0, among.shape[0], _BLOCK):
-        block = among[start : start + _BLOCK].toarray().astype(np.float32, copy=False)
-        search = NearestNeighbors(n_neighbors=min(2, len(block)), algorithm="brute").fit(block)
-        closest = np.hstack([closest, search.kneighbors(cells)[0]])
-        closest = np.sort(closest, axis=1)[:, :2]
-    return closest
 
 
 def _ratio_of_two(distances: NDArray) -> float:

@@ -11,10 +11,15 @@ from scipy import sparse, stats
 from scipy.spatial.distance import cdist
 from sklearn.decomposition import PCA
 from sklearn.metrics import f1_score
-from sklearn.utils.sparsefuncs import mean_variance_axis
 
 from benchmarks.cells import log_normalise
 from benchmarks.classify import knn_predict
+from cfgen_augment.measures import (
+    mean_correlation,
+    mean_variance_slope,
+    wasserstein,
+    zero_fraction,
+)
 
 #: Widths of the Gaussian kernels whose sum is the kernel of `mmd_rbf`.
 SIGMAS = (0.01, 0.1, 1.0, 10.0, 100.0)
@@ -152,7 +157,7 @@ def realism(
     for name, (real, new) in chosen.items():
         rows[name] |= _of_places(real_places[real], new_places[name])
         rows[name] |= {"m": len(real), "knn_f1": f1[name]}
-        rows[name]["mean_corr"] = _correlation(real_logs[real], new_logs[new])
+        rows[name]["mean_corr"] = mean_correlation(real_logs[real], new_logs[new])
         rows[name]["slope_real"] = mean_variance_slope(real_test[real])
         if not logged:
             rows[name]["slope"] = mean_variance_slope(new_values[new])
@@ -161,18 +166,6 @@ def realism(
             ).statistic
     table = pd.DataFrame.from_dict(rows, orient="index", columns=_MEASURES, dtype=np.float64)
     return table.rename_axis(index="type")
-
-
-def wasserstein(a: NDArray, b: NDArray) -> float:
-    """2-Wasserstein distance of two samples, ``(m, width)`` each.
-
-    ``W2^2 = min_P sum_ij P_ij ||a_i - b_j||^2`` over couplings of uniform weights, exactly.
-    """
-    import ot
-
-    cost = cdist(a, b, "sqeuclidean")
-    uniform = (np.full(len(cells), 1 / len(cells)) for cells in (a, b))
-    return float(np.sqrt(max(ot.emd2(*uniform, cost, numItermax=10**6), 0.0)))
 
 
 def mmd_rbf(a: NDArray, b: NDArray, sigmas: Sequence[float] = SIGMAS) -> float:
@@ -202,25 +195,13 @@ def mmd_linear(a: NDArray, b: NDArray) -> float:
     return float(np.sum((a.mean(axis=0) - b.mean(axis=0)) ** 2))
 
 
-def mean_variance_slope(counts: NDArray | sparse.csr_matrix) -> float:
-    """Slope of log variance on log mean over genes seen; `counts` is ``(n_cells, n_genes)``."""
-    if sparse.issparse(counts):
-        mean, variance = mean_variance_axis(counts.astype(np.float64), axis=0)
-    else:
-        mean, variance = counts.mean(axis=0), counts.var(axis=0)
-    seen = (mean > 0) & (variance > 0)
-    if len(np.unique(mean[seen])) < 2:
-        return float("nan")
-    return float(stats.linregress(np.log(mean[seen]), np.log(variance[seen])).slope)
-
-
 def _of_all_cells(
     real: sparse.csr_matrix, new: sparse.csr_matrix, logged: bool
 ) -> dict[str, float]:
     """What does not depend on the number of cells."""
-    found = {"zeros_real": _zeros(real), "total_real": float(_totals(real).mean())}
+    found = {"zeros_real": zero_fraction(real), "total_real": float(_totals(real).mean())}
     if new.shape[0]:
-        found["zeros"] = _zeros(new)
+        found["zeros"] = zero_fraction(new)
         if not logged:
             found["total"] = float(_totals(new).mean())
     return found
@@ -243,17 +224,6 @@ def _knn_f1(
     predicted = knn_predict(real, real_labels, None, np.concatenate(list(new.values())), ks=(k,))[k]
     found = f1_score(true, predicted, labels=names, average=None, zero_division=0.0)
     return dict(zip(names, map(float, found), strict=True))
-
-
-def _correlation(a: sparse.csr_matrix, b: sparse.csr_matrix) -> float:
-    means = [np.asarray(side.mean(axis=0), dtype=np.float64).ravel() for side in (a, b)]
-    if any(np.ptp(mean) == 0 for mean in means):
-        return float("nan")
-    return float(np.corrcoef(means[0], means[1])[0, 1])
-
-
-def _zeros(values: sparse.csr_matrix) -> float:
-    return 1.0 - values.count_nonzero() / (values.shape[0] * values.shape[1])
 
 
 def _totals(counts: sparse.csr_matrix) -> NDArray[np.float64]:

@@ -12,13 +12,13 @@ import pandas as pd
 from benchmarks import figures, report_quality, report_tables
 from benchmarks.report_data import Cell, Results, Setting, Table, at, read_results, setting_name
 from benchmarks.report_html import (
-    figure_to_html,
     json_to_html,
     problem_to_html,
     table_to_html,
     text_to_html,
 )
 from benchmarks.report_text import INTRODUCTIONS, READING, STYLE, TITLES
+from cfgen_augment.report import figure_to_html
 
 #: Files without which a section has nothing to say.
 NEEDS = {

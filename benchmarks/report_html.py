@@ -1,19 +1,11 @@
-"""Pieces of an HTML page: escaped text, tables, figures and JSON values."""
+"""Pieces of an HTML page: escaped text, tables and JSON values."""
 
 from __future__ import annotations
 
-import base64
-import io
 import re
-import warnings
 from html import escape
 from typing import Any
 
-from matplotlib import rc_context
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-
-from benchmarks.figures import PLAIN
 from benchmarks.report_data import Cell, Table
 
 MINUS = re.compile(r"(?<![\w.])-(?=\d|\.\d)")
@@ -76,24 +68,3 @@ def _cell(cell: Cell) -> str:
     text = f"<b>{text}</b>" if cell.clear else text
     small = f"<small>{escape(cell.small)}</small>" if cell.small else ""
     return f"<td{style}>{text}{small}</td>"
-
-
-def figure_to_html(figure: Figure, caption: str) -> str:
-    """A figure as SVG inside the page; the same figure gives the same text."""
-    file = io.BytesIO()
-    # Names are fixed and there is no date; texts stay texts, which is smaller than outlines.
-    settings: dict[Any, Any] = {"svg.hashsalt": caption, "svg.fonttype": "none", **PLAIN}
-    with rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        canvas = FigureCanvasSVG(figure)
-        engine = figure.get_layout_engine()
-        if engine is not None:  # once, here: drawing, and saving before it, would repeat it
-            engine.execute(figure)
-            figure.set_layout_engine("none")
-        canvas.print_svg(file, metadata={"Date": None})
-    data = base64.b64encode(file.getvalue()).decode("ascii")
-    name = escape(caption, quote=True)
-    return (
-        f'<figure><div class="scroll" tabindex="0"><img alt="{name}" '
-        f'src="data:image/svg+xml;base64,{data}"></div><figcaption>{name}</figcaption></figure>'
-    )

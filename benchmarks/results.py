@@ -34,7 +34,6 @@ _PACKAGES = (
     "imbalanced-learn",
     "pandas",
     "scanpy",
-    "POT",
 )
 
 

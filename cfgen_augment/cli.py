@@ -20,8 +20,8 @@ UNREADABLE = 4
 FAILED = 5
 INTERRUPTED = 130
 
-_EPILOG = f"""exit codes: {OK} done; {BAD_INPUT} bad usage or unusable data; {OUTPUT_EXISTS} output
-or saved model exists and --force was not given; {UNREADABLE} input or model cannot be read;
+_EPILOG = f"""exit codes: {OK} done; {BAD_INPUT} bad usage or unusable data; {OUTPUT_EXISTS} output,
+report or saved model exists, without --force; {UNREADABLE} input or model cannot be read;
 {FAILED} training or writing failed; {INTERRUPTED} interrupted. The output appears complete or not
 at all."""
 _TRAINING = ("likelihood", "size_factor", "max_epochs")  # options that a saved model has decided
@@ -99,7 +99,15 @@ def parser() -> argparse.ArgumentParser:
     model = made.add_mutually_exclusive_group()
     model.add_argument("--save-model", type=Path, metavar="DIR", help="keep the trained model")
     model.add_argument("--model", type=Path, metavar="DIR", help="use a saved model, do not train")
-    made.add_argument("--force", action="store_true", help="overwrite output and saved model")
+    made.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE.html",
+        help="compare generated with real cells, type by type, on one page",
+    )
+    made.add_argument(
+        "--force", action="store_true", help="overwrite output, report and saved model"
+    )
     made.add_argument(
         "--quiet", action="store_true", help="no progress bars, no table; notes still appear"
     )
@@ -131,7 +139,7 @@ def _run(given: argparse.Namespace) -> int:
     # What can be refused is refused before torch is imported and anything is read.
     if refusal := _refuse(given):
         return _fail(*refusal)
-    from cfgen_augment import checkpoint
+    from cfgen_augment import checkpoint, plot
     from cfgen_augment.model import CFGen
     from cfgen_augment.processes import launched
     from cfgen_augment.training import resolve_device
@@ -142,6 +150,8 @@ def _run(given: argparse.Namespace) -> int:
         resolve_device(device)
         if given.save_model is not None:
             checkpoint.check_destination(given.save_model, overwrite=given.force)
+        if given.report is not None:
+            plot.check_matplotlib()
     except FileExistsError as error:
         return _fail(OUTPUT_EXISTS, str(error))
     except (ValueError, OSError, ImportError) as error:
@@ -151,6 +161,7 @@ def _run(given: argparse.Namespace) -> int:
     # Each process says what it fails of, as another may have ended before it could; all else is
     # for the first one to say.
     given.quiet = given.quiet or not together.is_first
+    given.report = given.report if together.is_first else None
     if given.model is not None:
         try:
             CFGen.load(given.model, device=device)
@@ -166,12 +177,18 @@ def _refuse(given: argparse.Namespace) -> tuple[int, str] | None:
     output = given.output
     try:
         files.check_output(output, overwrite=given.force)
+        if given.report is not None:
+            files.check_report(given.report, overwrite=given.force)
     except ValueError as error:
         return BAD_INPUT, str(error)
     except FileExistsError as error:
         return OUTPUT_EXISTS, str(error)
     if given.save_model is not None and given.save_model.resolve() == output.resolve():
         return BAD_INPUT, f"--save-model: expected another place than the output; got {output}."
+    if given.report is not None and given.report.resolve() in {
+        place.resolve() for place in (given.input, output, given.save_model) if place is not None
+    }:
+        return BAD_INPUT, f"--report: expected a place of its own; got {given.report}."
     if given.model is not None:
         default = parser().get_default
         if taken := [name for name in _TRAINING if getattr(given, name) != default(name)]:
@@ -243,6 +260,33 @@ def _augment(given: argparse.Namespace) -> int:
             f"{table['real'].sum():,} real + {table['synthetic'].sum():,} synthetic cells x "
             f"{augmented.n_vars:,} features -> {given.output}"
         )
+    return OK if given.report is None else _report(given, augmented.uns["cfgen_augment"]["seed"])
+
+
+def _report(given: argparse.Namespace, seed: int) -> int:
+    """Compare what was written; it stays if that fails."""
+    from cfgen_augment import files
+    from cfgen_augment.report import write_report
+
+    try:
+        with files.opened(given.output) as written:
+            table = write_report(
+                given.report,
+                written,
+                label_key=given.label_key,
+                random_state=seed,
+                overwrite=given.force,
+            )
+    except KeyboardInterrupt:
+        return _fail(INTERRUPTED, f"interrupted; {given.output} was written, {given.report} not")
+    except Exception as error:  # the data were fit to be augmented: whatever it is, say which
+        if not isinstance(error, (ValueError, OSError, MemoryError)):
+            traceback.print_exc()
+        message = str(error) or type(error).__name__
+        return _fail(FAILED, f"{given.output} was written, but its report not: {message}")
+    if not given.quiet:
+        n_ok = int((table["verdict"] == "ok").sum())
+        print(f"{n_ok} of {len(table)} types ok -> {given.report}")
     return OK
 
 

@@ -37,25 +37,58 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     FileExistsError
         If there is such a file, and not `overwrite`.
     """
-    exists = path.exists()
-    if exists and not path.is_file() and path.suffix != ".zarr":
-        raise ValueError(f"{path}: expected a file name; it is a directory or a device.")
+    if path.suffix != ".zarr":
+        _check_no_directory(path)
     if path.suffix not in FORMATS:
         raise ValueError(
             f"{path}: expected a name that ends in .h5ad or .zarr, which says what to write; it "
             f"ends in {path.suffix!r}. Rename the output."
         )
+    _check_folder(path)
+    is_store = path.suffix == ".zarr" and any((path / m).is_file() for m in _MARKS_OF_ZARR)
+    if path.suffix == ".zarr" and path.exists() and not is_store:
+        raise ValueError(
+            f"{path}: expected a new name or a zarr store; what is there is neither, and is never "
+            "overwritten. Choose another name."
+        )
+    _check_new(path, overwrite)
+
+
+def check_report(path: Path, *, overwrite: bool) -> None:
+    """Check that a report can be written to `path`, before any work is done.
+
+    Raises
+    ------
+    ValueError
+        If it is no place for a file, or its name does not end in ``.html``.
+    FileExistsError
+        If there is one, and not `overwrite`.
+    """
+    _check_no_directory(path)
+    if path.suffix != ".html":
+        raise ValueError(
+            f"{path}: expected a name that ends in .html; it ends in {path.suffix!r}. Rename the "
+            "report."
+        )
+    _check_folder(path)
+    _check_new(path, overwrite)
+
+
+def _check_no_directory(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: expected a file name; it is a directory or a device.")
+
+
+def _check_folder(path: Path) -> None:
     folder = path.resolve().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(
             f"{path}: expected a directory that can be written to; {folder} is not one."
         )
-    if exists and path.suffix == ".zarr" and not any((path / m).is_file() for m in _MARKS_OF_ZARR):
-        raise ValueError(
-            f"{path}: expected a new name or a zarr store; what is there is neither, and is never "
-            "overwritten. Choose another name."
-        )
-    if exists and not overwrite:
+
+
+def _check_new(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
         raise FileExistsError(
             f"{path}: expected a new file; it exists. Pass --force to overwrite it (in Python, "
             "overwrite=True)."
@@ -180,7 +213,7 @@ def replacing(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as made:
         complete = Path(made) / path.name
         yield complete
-        with _writing(path):
+        with writing(path):
             if not path.is_dir():
                 os.replace(complete, path)
                 return
@@ -195,7 +228,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Turn whatever fails in writing `path` into an OSError that names it."""
     try:
         yield
     except MemoryError:
@@ -235,16 +269,16 @@ def write(
     """
     named = path if named is None else named
     with contextlib.ExitStack() as stack:
-        with _writing(named):
+        with writing(named):
             _write_in_memory(annotation, path)
             store = _open_to_write(path, stack)
             places = [(store, "X"), *((store["layers"], name) for name in layers)]
             growing = [_Growing(*place) for place in places]
         for block in _gathered(blocks):
-            with _writing(named):
+            with writing(named):
                 for matrix in growing:
                     matrix.append(block)
-        with _writing(named):
+        with writing(named):
             for matrix in growing:
                 matrix.finish()
             stack.close()  # what is still to be flushed may find the disk full
@@ -254,7 +288,7 @@ def write(
 
 def write_whole(adata: AnnData, path: Path, *, named: Path) -> None:
     """Write AnnData that are in memory."""
-    with _writing(named):
+    with writing(named):
         _write_in_memory(adata, path)
 
 
@@ -317,12 +351,12 @@ def write_shard(path: Path, blocks: Iterable[CellMatrix]) -> None:
     import h5py
 
     with contextlib.ExitStack() as stack:
-        with _writing(path):
+        with writing(path):
             growing = _Growing(stack.enter_context(h5py.File(path, "w")), "X")
         for block in _gathered(blocks):
-            with _writing(path):
+            with writing(path):
                 growing.append(block)
-        with _writing(path):
+        with writing(path):
             growing.finish()
             stack.close()
 

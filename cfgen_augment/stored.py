@@ -283,6 +283,19 @@ def in_order(
         yield rows, X[rows]
 
 
+def take(X: Any, rows: NDArray[np.intp]) -> Any:
+    """The cells `rows` (ascending), in memory.
+
+    On disk they are read in stretches, so that no memory holds more than a block besides them,
+    and what lies between rows far apart is not read.
+    """
+    if not isinstance(X, StoredCells):
+        return X[rows]
+    step = rows_with(X, _BUFFER_VALUES)
+    parts = np.split(rows, np.searchsorted(rows, np.arange(step, X.shape[0], step)))
+    return stack_rows([X[part] for part in parts if len(part)] or [X.read(0, 0)])
+
+
 def buffers(
     X: Any, rows: NDArray[np.intp], random: np.random.Generator
 ) -> Iterator[NDArray[np.intp]]:

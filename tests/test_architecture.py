@@ -31,15 +31,17 @@ ORDER = [
         "generation",
         "model",
     ),
-    *("annotated", "sampler", "files", "augmentation", "cli"),
+    *("annotated", "sampler", "files", "augmentation"),
+    *("measures", "pairs", "diagnosis", "plot", "report", "cli"),
 ]
 ADAPTERS = {
-    "sklearn": {"sampler"},
+    "sklearn": {"sampler", "measures", "diagnosis"},
     "imblearn": {"sampler"},
     "anndata": {"annotated", "files", "cli"},
     "h5py": {"files"},
     "zarr": {"files"},
-    "pandas": {"annotated", "augmentation"},
+    "pandas": {"annotated", "augmentation", "diagnosis"},
+    "matplotlib": {"plot", "report"},
     "torchdyn": {"solver"},
     "numba": {"sweep"},
     "lightning_fabric": {"processes"},
@@ -104,6 +106,7 @@ def test_importing_the_package_loads_nothing_heavy():
         "anndata",
         "pandas",
         "numba",
+        "matplotlib",
     }
 
 
@@ -111,7 +114,9 @@ def test_the_sampler_is_imported_without_what_only_some_need():
     code = "import sys, cfgen_augment; cfgen_augment.CFGenSampler; print(*sys.modules)"
     loaded = set(run(code).split())
     assert "torch" in loaded
-    assert not loaded & {"anndata", "torchdyn", "h5py", "numba", "lightning_fabric"}
+    assert not loaded & {
+        *("anndata", "torchdyn", "h5py", "numba", "lightning_fabric", "matplotlib"),
+    }
 
 
 def test_public_names():

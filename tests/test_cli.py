@@ -285,6 +285,93 @@ def test_foreign_directory_is_never_overwritten(given, run, tmp_path, no_trainin
     assert (tmp_path / "data" / "thesis.txt").read_text() == "dear"
 
 
+# ------------------------------------------------------------------ reports
+
+
+def test_report_compares_what_was_written(given, model, run, tmp_path, monkeypatch):
+    from cfgen_augment import diagnose
+
+    options = ["--model", model, "--seed", 5, "--target-size", 400]
+    code, out, err = run(*options, "--report", tmp_path / "out.html", quick=False)
+    assert (code, "note" in err) == (0, False)
+    written = anndata.read_h5ad(tmp_path / "out.h5ad")
+    table = diagnose(written, label_key="cell_type", random_state=5)
+    n_ok = (table["verdict"] == "ok").sum()
+    assert out.splitlines()[-1] == f"{n_ok} of 3 types ok -> {tmp_path / 'out.html'}"
+    page = (tmp_path / "out.html").read_text()
+    for verdict in table["verdict"]:
+        assert f">{verdict}</td>" in page
+    assert page.count("<img") == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.h5ad", "out.h5ad", "out.html"]
+    # Without --force neither is written over; the counts may lie in a layer, and be in zarr.
+    code, _, err = run(*options, "--report", tmp_path / "out.html", output="b.h5ad", quick=False)
+    assert code == cli.OUTPUT_EXISTS
+    assert not (tmp_path / "b.h5ad").exists()
+    options += ["--report", tmp_path / "out.html", "--force", "--quiet"]
+    assert run(*options, quick=False) == (0, "", "")
+
+
+def test_report_of_a_layer_and_a_store(cells, model, run, tmp_path):
+    pytest.importorskip("zarr")
+    adata = anndata.read_h5ad(write_input(tmp_path / "in.h5ad", cells))
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = adata.X.log1p()
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    options = ["--model", model, "--layer", "counts", "--report", tmp_path / "out.html"]
+    assert run(*options, output="out.zarr", quick=False)[0] == 0
+    assert "150 real and 150 synthetic cells" in (tmp_path / "out.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("report", "code", "message"),
+    [
+        ("out.txt", cli.BAD_INPUT, "expected a name that ends in .html"),
+        ("absent/out.html", cli.BAD_INPUT, "expected a directory that can be written to"),
+        ("taken.html", cli.OUTPUT_EXISTS, "it exists. Pass --force"),
+    ],
+)
+def test_reports_are_refused_before_anything_is_read(run, tmp_path, report, code, message):
+    (tmp_path / "taken.html").write_text("precious")
+    found, out, err = run("--report", tmp_path / report, source="absent.h5ad")
+    assert (found, out) == (code, "")
+    assert message in err
+    assert (tmp_path / "taken.html").read_text() == "precious"
+
+
+def test_report_wants_a_place_of_its_own(run, tmp_path):
+    code, _, err = run("--report", tmp_path / "in.html", source="in.html")
+    assert code == cli.BAD_INPUT
+    assert "--report: expected a place of its own" in err
+
+
+def test_report_needs_matplotlib(given, run, tmp_path, monkeypatch, no_training):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = run("--report", tmp_path / "out.html")
+    assert code == cli.BAD_INPUT
+    assert "pip install 'cfgen-augment[plot]'" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OSError("no space left"), cli.FAILED, "but its report not: no space left"),
+        (ZeroDivisionError("fault"), cli.FAILED, "but its report not: fault"),
+        (KeyboardInterrupt(), cli.INTERRUPTED, "out.html not"),
+    ],
+)
+def test_output_survives_a_report_that_fails(
+    given, model, run, tmp_path, monkeypatch, error, code, message
+):
+    monkeypatch.setattr("cfgen_augment.report.diagnose", _raise(error))
+    found, _, err = run("--model", model, "--report", tmp_path / "out.html", quick=False)
+    assert found == code
+    assert f"{tmp_path / 'out.h5ad'} was written" in err
+    assert message in err
+    assert ("Traceback" in err) == isinstance(error, ZeroDivisionError)
+    assert anndata.read_h5ad(tmp_path / "out.h5ad").n_obs == 300
+    assert not (tmp_path / "out.html").exists()
+
+
 # ------------------------------------------------------------------ existing outputs
 
 

@@ -7,7 +7,8 @@ import pytest
 from scipy import sparse
 
 from benchmarks.cells import log_normalise
-from benchmarks.memorisation import exact_copies, memorisation
+from benchmarks.memorisation import memorisation
+from cfgen_augment.measures import exact_copies
 
 MEASURES = ["dcr_ratio", "nn_ratio", "mia_auc"]
 
@@ -104,7 +105,7 @@ def test_distances_are_those_of_a_double_loop():
 
 def test_blocks_find_the_same_neighbours(monkeypatch):
     whole = measured(*draws(100, 2), n_training=103)
-    monkeypatch.setattr("benchmarks.memorisation._BLOCK", 17)
+    monkeypatch.setattr("cfgen_augment.measures._BLOCK_VALUES", 17 * 40)
     blocks = measured(*draws(100, 2), n_training=103)
     np.testing.assert_allclose(blocks.to_numpy(), whole.to_numpy(), rtol=1e-5)
 

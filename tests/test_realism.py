@@ -14,13 +14,12 @@ from benchmarks.realism import (
     SIGMAS,
     common_sizes,
     compare,
-    mean_variance_slope,
     mmd_linear,
     mmd_rbf,
     realism,
     to_markdown,
-    wasserstein,
 )
+from cfgen_augment.measures import mean_variance_slope, wasserstein
 
 SAMPLED = ["m", "w2", "mmd_rbf", "mmd_linear", "knn_f1", "slope", "totals_ks", "mean_corr"]
 

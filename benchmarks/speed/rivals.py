@@ -17,10 +17,10 @@ from scipy import sparse
 from sklearn.decomposition import PCA
 
 from benchmarks.cells import log_normalise
-from benchmarks.realism import wasserstein
 from benchmarks.speed.reference import Reference
 from benchmarks.speed.timing import interleaved
 from cfgen_augment import CFGen
+from cfgen_augment.measures import wasserstein
 
 _GENERATED = 10_000
 _COMPARED = 2_000  # cells on either side of a W2
@@ -30,7 +30,7 @@ _SEEDS = 3
 def against_rivals(X: sparse.csr_matrix, labels: NDArray, repeats: int) -> pd.DataFrame:
     """Seconds to train and to generate 10,000 cells, and W2 to the real cells with its spread.
 
-    W2 is that of `benchmarks.realism` in 30 principal components of the real cells, over all
+    W2 is that of `cfgen_augment.measures` in 30 principal components of the real cells, over all
     types together; the mean over generation seeds and their standard deviation.
 
     Parameters
