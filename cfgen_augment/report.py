@@ -99,7 +99,7 @@ def _page(table: pd.DataFrame, pairs: Pairs) -> str:
     n_ok = int((table["verdict"] == "ok").sum())
     n_few = int(table["verdict"].str.contains(TOO_FEW).sum())
     limits = "".join(
-        f"<tr><th>{name}</th><td>{tolerated:g} + {factor:g} × ({noise})</td></tr>"
+        f"<tr><th>{name}</th><td>{tolerated:g} + {factor:g} x ({noise})</td></tr>"
         for name, (tolerated, factor, noise) in LIMITS.items()
     )
     return (
