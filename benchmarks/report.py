@@ -23,6 +23,7 @@ from cfgen_augment.report import figure_to_html
 #: Files without which a section has nothing to say.
 NEEDS = {
     "headline": "gains",
+    "against": "scores",
     "losses": "gains",
     "types": "gains",
     "frequency": "gains",
@@ -95,6 +96,8 @@ def markdown_tables(results: Path) -> str:
     settings = read.settings()
     gains = report_tables
     add("Gain in macro F1", "gains", lambda: [gains.headline(read, s) for s in settings])
+    if "cfgen" in read.arms("scores"):
+        add("CFGen against every arm", "scores", lambda: [gains.against(read)])
     add("Gain by type", "gains", lambda: [gains.per_type(read, s) for s in settings], small=False)
     add("Gain against frequency", "correlation", lambda: [gains.correlation(read)])
     add(
@@ -121,6 +124,13 @@ def _headline(read: Results) -> Iterator[str]:
             yield figure_to_html(figure, f"Gain in macro F1 by arm and group of types, {embedder}")
     for setting in settings:
         yield table_to_html(report_tables.headline(read, setting))
+
+
+def _against(read: Results) -> Iterator[str]:
+    if "cfgen" not in read.arms("scores"):
+        yield "<p>CFGen is not among the arms.</p>"
+        return
+    yield table_to_html(report_tables.against(read))
 
 
 def _losses(read: Results) -> Iterator[str]:
@@ -217,6 +227,7 @@ def _provenance(read: Results) -> Iterator[str]:
 
 SECTIONS: dict[str, Callable[[Results], Iterator[str]]] = {
     "headline": _headline,
+    "against": _against,
     "losses": _losses,
     "types": _types,
     "frequency": _frequency,

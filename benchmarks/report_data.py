@@ -182,10 +182,11 @@ def in_order(arms: Iterable[str]) -> list[str]:
 def setting_name(setting: Setting) -> str:
     """``("pca", "knn10")`` as ``kNN (k = 10) on pca``."""
     embedder, classifier = setting
-    name = {"lr": "LR", "celltypist": "CellTypist"}.get(classifier, classifier)
-    if classifier.startswith("knn"):
-        name = f"kNN (k = {classifier[3:]})"
-    return f"{name} on {embedder}"
+    names = []
+    for part in classifier.split(" + "):
+        name = {"lr": "LR", "celltypist": "CellTypist"}.get(part, part)
+        names.append(f"kNN (k = {part[3:]})" if part.startswith("knn") else name)
+    return f"{' + '.join(names)} on {embedder}"
 
 
 def read_results(folder: Path) -> Results:

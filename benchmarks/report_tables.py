@@ -18,6 +18,7 @@ from benchmarks.report_data import (
     number,
     setting_name,
 )
+from benchmarks.summary import MEASURES, groups, paired_against
 
 
 def gain_cell(row: pd.Series, scale: float, small: str = "") -> Cell:
@@ -35,13 +36,13 @@ def headline(results: Results, setting: Setting) -> Table:
     """Absolute macro F1 of none, then every arm's gain by group of types."""
     rows = at(results.f1, setting)
     rows = rows[rows["kind"] == "group"]
-    groups = results.groups()
+    columns = results.groups()
     scale = largest(rows)
     base = baselines(rows)
-    first = [Cell(number(base.get(g, np.nan))) for g in groups]
+    first = [Cell(number(base.get(g, np.nan))) for g in columns]
     lines = [[Cell("none (macro F1)"), *first]]
-    lines += _gains(rows, [a for a in results.arms("gains") if a != "none"], groups, scale)
-    return Table(setting_name(setting), ["arm", *groups], lines)
+    lines += _gains(rows, [a for a in results.arms("gains") if a != "none"], columns, scale)
+    return Table(setting_name(setting), ["arm", *columns], lines)
 
 
 def per_type(results: Results, setting: Setting) -> Table:
@@ -68,6 +69,49 @@ def per_type(results: Results, setting: Setting) -> Table:
     return Table(
         setting_name(setting), ["arm", *(f"{t} (n = {sizes[t]:.0f})" for t in types)], lines
     )
+
+
+def against(results: Results, arm: str = "cfgen") -> Table:
+    """What `arm` gains over every other arm, paired by split, for the types that matter most."""
+    scores = results.frames["scores"]
+    share = float(results.manifest.get("settings", {}).get("rare_share") or 0.05)
+    members = groups(scores, rare_share=share, thinned=results.thinned())
+    group = next(name for name in ("thinned", "rare", "all") if name in members)
+    both = _summed(scores, ["knn10", "lr"])
+    scores = pd.concat([scores, both], ignore_index=True)
+    settings = [
+        *results.settings(),
+        *((str(name), str(kind)) for name, kind in _pairs(both) if name != "genes"),
+    ]
+    rows = {}
+    for rival in [a for a in results.arms("scores") if a not in (arm, "none")]:
+        paired = paired_against(scores, arm, rival, rare_share=share, thinned=results.thinned())
+        paired = paired[(paired["measure"] == "f1") & (paired["group"] == group)]
+        rows[rival] = {(r["embedder"], r["classifier"]): r for _, r in paired.iterrows()}
+    gained = [abs(row["gain"]) for found in rows.values() for row in found.values()]
+    lines = [
+        [
+            Cell(rival),
+            *(Cell("") if s not in found else gain_cell(found[s], max(gained)) for s in settings),
+        ]
+        for rival, found in rows.items()
+    ]
+    title = f"Gain of {arm} over every other arm, {group} types ({', '.join(members[group])})"
+    return Table(title, ["arm", *map(setting_name, settings)], lines)
+
+
+def _pairs(scores: pd.DataFrame) -> list[tuple[str, str]]:
+    return sorted({(str(e), str(c)) for e, c in scores[["embedder", "classifier"]].to_numpy()})
+
+
+def _summed(scores: pd.DataFrame, classifiers: Sequence[str]) -> pd.DataFrame:
+    """Scores of several classifiers added up, where there are all of them."""
+    keys = ["split", "seed", "arm", "embedder", "type", "n_train"]
+    own = scores[scores["classifier"].isin(classifiers)]
+    grouped = own.groupby(keys, as_index=False)
+    summed = grouped[list(MEASURES)].sum()
+    complete = grouped.size()["size"] == len(classifiers)
+    return summed[complete.to_numpy()].assign(classifier=" + ".join(classifiers))
 
 
 def losses(results: Results, shown: int = 2) -> Table:

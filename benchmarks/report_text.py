@@ -5,6 +5,7 @@ from __future__ import annotations
 #: Sections in order, by the anchor that leads to them.
 TITLES = {
     "headline": "Gain in macro F1",
+    "against": "CFGen against every arm",
     "losses": "Largest losses and gains",
     "types": "Gain by type",
     "frequency": "Gain against frequency",
@@ -23,6 +24,8 @@ INTRODUCTIONS = {
     "of a group. The first row is absolute; the others are differences to it, with their interval "
     "and the number of splits in which the arm did better. Blue is a gain, orange a loss; bold, "
     "or a filled dot, is a difference whose interval leaves out zero.",
+    "against": "What CFGen gains over each of the others in the same splits, and in how many of "
+    "them it is ahead. Below zero the other is better.",
     "losses": "Types that score lower and higher than without new cells, over all settings of the "
     "headline (a type counts once per setting); clear: the interval leaves out zero.",
     "types": "F1 of every type without new cells, then the gain. Below each gain: splits won, and "

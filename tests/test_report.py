@@ -523,3 +523,39 @@ def test_one_split_has_no_interval(tmp_path):
     assert any(cell.startswith(f"{gain:+.3f}") for cell in cells)
     for text in (page.text, markdown_tables(folder)):
         assert not re.search(r"\bnan\b", text)
+
+
+def test_cfgen_is_paired_with_every_arm(tmp_path):
+    folder = make_results(tmp_path, settings=(("pca", "knn10"), ("pca", "lr"), ("genes", "lr")))
+    scores = pd.read_csv(folder / "scores.csv", keep_default_na=False)
+    rng = np.random.default_rng(1)
+    more = [scores.assign(embedder=e, classifier=c) for e, c in (("pca", "lr"), ("genes", "lr"))]
+    for frame in more:
+        frame["f1"] = rng.uniform(0.1, 0.9, len(frame))
+    scores = pd.concat([scores, *more])
+    scores.to_csv(folder / "scores.csv", index=False)
+    (title,) = [name for name in markdown_sections(folder) if "against every" in name]
+    assert "thinned types (pDC)" in title
+    head, *rows = markdown_sections(folder)[title]
+    assert head[1:] == [
+        "kNN (k = 10) on pca",
+        "LR on pca",
+        "LR on genes",
+        "kNN (k = 10) + LR on pca",
+    ]
+    assert [row[0] for row in rows] == ["nb", "oracle", "zzz"]
+    own = scores[scores["type"] == "pDC"].groupby(["embedder", "classifier", "arm", "split"])["f1"]
+    f1 = own.mean().unstack(["arm"])
+    for row in rows:
+        difference = (f1["cfgen"] - f1[row[0]]).unstack("split")
+        expected = [difference.loc[s] for s in (("pca", "knn10"), ("pca", "lr"), ("genes", "lr"))]
+        expected.append(expected[0] + expected[1])
+        for cell, values in zip(row[1:], expected, strict=True):
+            assert numbers(cell)[0] == pytest.approx(values.mean(), abs=5.1e-4)
+            assert f"({(values > 0).sum()} of 3)" in cell
+
+
+def test_without_cfgen_there_is_nothing_to_pair(tmp_path):
+    folder = make_results(tmp_path, arms=("nb", "none"))
+    assert not [name for name in markdown_sections(folder) if "against every" in name]
+    assert "CFGen is not among the arms" in write_report(folder).read_text()
