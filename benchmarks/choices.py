@@ -22,6 +22,8 @@ regression on genes. W2 and MMD are means over the rare types; zeros and slope t
 difference of one of them, in fraction of zeros and in slope of log variance on log mean, from
 real cells of held-out donors, where a type of which a choice makes too few cells to compare is
 left out; DCR is the closest-record ratio of `benchmarks.memorisation`.
+``to defaults`` is what a choice gains for rare types beyond ``defaults`` in the same split, with
+its standard deviation over splits.
 ``ahead of`` counts the inner splits in which kNN and LR on principal components together gain
 more for rare types than the rival.
 """

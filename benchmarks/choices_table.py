@@ -13,6 +13,8 @@ from benchmarks.summary import groups
 CLASSIFIERS = {"kNN": ("pca", "knn10"), "LR": ("pca", "lr"), "LR genes": ("genes", "lr")}
 #: Whom a choice is to be ahead of, in what.
 RIVALS = ("nb", "mixup")
+#: The choice that every other is set against, split by split.
+BASE = "defaults"
 _PAIRED = ("kNN", "LR")
 _GROUPS = ("rare", "common", "all")
 
@@ -88,6 +90,7 @@ def table(
         for group, gain in gains.items()
         for name in CLASSIFIERS
     }
+    found |= _to_base(gains["rare"])
     found |= _likeness(tables, types["rare"])
     both = gains["rare"][list(_PAIRED)].sum(axis=1, min_count=len(_PAIRED)).unstack("split")
     for rival in (name for name in RIVALS if name in both.index):
@@ -96,6 +99,19 @@ def table(
     found["splits"] = both.notna().sum(axis=1).astype(float)
     rows = [name for name in ("real", *order) if name == "real" or name in both.index]
     return pd.DataFrame(found).reindex(rows).rename_axis(index="choice")
+
+
+def _to_base(gains: pd.DataFrame) -> dict[str, pd.Series]:
+    """Gain minus that of `BASE` in the same split: mean and standard deviation over splits."""
+    found = {}
+    for name in CLASSIFIERS:
+        own = gains[name].unstack("split")
+        if BASE not in own.index:
+            return {}
+        difference = own.drop(index=BASE) - own.loc[BASE]
+        found[f"to {BASE} {name}"] = difference.mean(axis=1)
+        found[f"to {BASE} {name} SD"] = difference.std(axis=1)
+    return found
 
 
 def _likeness(tables: Mapping[str, pd.DataFrame], rare: Sequence[str]) -> dict[str, pd.Series]:
@@ -126,15 +142,24 @@ def _likeness(tables: Mapping[str, pd.DataFrame], rare: Sequence[str]) -> dict[s
 
 
 def shown(frame: pd.DataFrame) -> pd.DataFrame:
-    """The table as text: signed gains, and what is not defined left empty."""
+    """The table as text: signed gains, and what is not defined left empty.
+
+    A difference to `BASE` and its standard deviation share a column.
+    """
 
     def text(name: str, value: float) -> str:
         if np.isnan(value):
             return ""
         if name == "splits" or name.startswith("ahead"):
             return f"{value:.0f}"
-        return f"{value:+.3f}" if name.split()[0] in _GROUPS else f"{value:.3f}"
+        signed = name.split()[0] in (*_GROUPS, "to") and not name.endswith(" SD")
+        return f"{value:+.3f}" if signed else f"{value:.3f}"
 
-    return pd.DataFrame(
-        {name: [text(name, value) for value in frame[name]] for name in frame}, index=frame.index
-    )
+    columns = {name: [text(name, value) for value in frame[name]] for name in frame}
+    for spread in [name for name in columns if name.endswith(" SD")]:
+        name = spread.removesuffix(" SD")
+        columns[name] = [
+            f"{mean} ± {sd}" if sd else mean
+            for mean, sd in zip(columns[name], columns.pop(spread), strict=True)
+        ]
+    return pd.DataFrame(columns, index=frame.index)

@@ -9,6 +9,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import sparse
 
 from benchmarks import choices, choices_table, results
@@ -24,6 +25,7 @@ from benchmarks.settings import Settings
 from benchmarks.splits import inner_splits, make_splits
 from benchmarks.summary import gains
 from cfgen_augment import CFGen, model
+from cfgen_augment.flow import NULL
 
 THIN = {"rare": 6}
 
@@ -215,7 +217,8 @@ def test_pooled_latents_lie_around_the_centre_of_their_type(fitted):
     for code, name in enumerate(fitted.classes_, start=1):
         if name == "middle":
             continue
-        centre = network.latent_mean + network.latent_scale * network.field.centres[code]
+        own = network.field.centre(torch.tensor([[code, NULL]]))
+        centre = network.latent_mean + network.latent_scale * own[0]
         drawn = fitted.generate([name] * 400, latents=np.tile(centre, (400, 1)), random_state=0)
         means = new.values[new.labels == name].mean(axis=0)
         assert np.corrcoef(means, drawn.mean(axis=0))[0, 1] > 0.95
@@ -261,10 +264,10 @@ def test_changes_of_training_reach_it_and_end_with_it(quick, trainings):
         CHOICES[name].fit(training())
     default, longer, uncentred, unscaled = trainings
     assert [len(m.history_["flow"].training) for m in (default, longer)] == [1, 2]
-    assert not uncentred.network_.field.centres.any()
+    assert not uncentred.network_.field.effects.any()
     assert (unscaled.network_.field.scales == 1).all()
-    assert unscaled.network_.field.centres[1:].any()
-    assert default.network_.field.centres[1:].any()
+    assert unscaled.network_.field.effects[1:].any()
+    assert default.network_.field.effects[1:].any()
     assert (default.network_.field.scales != 1).any()
     assert original == model._AUTO_EPOCHS
 
@@ -365,6 +368,10 @@ def test_table_by_hand(tables):
     assert text.loc["defaults", "rare kNN"] == "+0.200"
     assert text.loc["defaults", "ahead of nb"] == "1"
     assert text.loc["real", "rare kNN"] == ""
+    assert (
+        text.loc["mixup", "to defaults LR"] == "+0.100 ± 0.141"
+    )  # .2 in one split, none in the other
+    assert text.loc["defaults", "to defaults LR"] == ""
 
 
 def test_gains_are_those_of_the_benchmark(tables):
