@@ -219,7 +219,8 @@ class VelocityField(nn.Module):
             sums = cells.new_zeros(n_labels, values.shape[1])
             return sums.index_add_(0, labels, values.double()) / cells.clamp_min(1.0)
 
-        self.effects = self._effects(latents, attributes).float()
+        # A solution comes by columns; by rows, as copies are, so that equal models hash equal.
+        self.effects = self._effects(latents, attributes).float().contiguous()
         for k, codes in enumerate(others):
             self.expected[k] = mean(self.effects[self._starts[k + 1] + codes])
         if log_size is not None:

@@ -374,8 +374,8 @@ def test_patience_leaves_room_to_stop_early(patience, epochs, expected):
     ("n_rows", "autoencoder", "flow"),
     [
         pytest.param(100, 100, 300, id="tiny"),  # a minibatch an epoch: enough of them
-        pytest.param(1_000, 24, 100, id="small"),  # epochs: more would overfit
-        pytest.param(6_400, 20, 48, id="usual"),  # minibatches
+        pytest.param(1_000, 50, 100, id="small"),  # epochs: more would overfit
+        pytest.param(6_400, 36, 48, id="usual"),  # minibatches
         pytest.param(128_000, 10, 20, id="large"),  # epochs: every cell is seen often enough
     ],
 )
