@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 from sklearn.preprocessing import FunctionTransformer
 
-from cfgen_augment import CFGen, CFGenSampler, augment, augment_file, cli
+from cfgen_augment import CFGen, CFGenSampler, augment, augment_file, cli, writing
 from cfgen_augment.likelihoods import value_kind
 from cfgen_augment.minibatch import Minibatch
 from cfgen_augment.modalities import Modality, check_like, hidden_widths, lay_out
@@ -691,6 +691,19 @@ def test_modalities_in_obsm_from_file_to_file(parts, tmp_path):
     found = anndata.read_h5ad(tmp_path / "out.h5ad")
     assert (found.X != expected.X).nnz == 0
     assert (found.obsm["atac"] != expected.obsm["atac"]).nnz == 0
+
+
+def test_shares_of_several_processes_come_back_in_order(quick, tmp_path):
+    """Cells of every modality by way of the disk, as several processes hand them to one."""
+    labels = ["A", "B", "C"] * 800
+    whole = quick.generate(labels, random_state=5)
+    shards = []
+    for which in range(2):
+        blocks = quick.generate_blocks(labels, random_state=5, share=(which, 2))
+        shards.append(tmp_path / f"shard-{which}")
+        writing.write_shard(shards[-1], ([block["rna"], block["atac"]] for block in blocks))
+    parts = [dict(zip(("rna", "atac"), part, strict=True)) for part in writing.read_shards(shards)]
+    assert same(whole, {n: sparse.vstack([part[n] for part in parts]) for n in whole})
 
 
 def test_a_failed_write_leaves_no_h5mu(mdata, tmp_path, monkeypatch):
