@@ -51,7 +51,8 @@ def curve(model: CFGen, labels: np.ndarray, steps: list[int], seed: int) -> pd.D
 
         z = make_solver(name, n_steps, rehearse)(counted, noise)
         latents = network.latent_mean + network.latent_scale * z
-        return z, network.autoencoder.decode(latents, log_size), calls
+        (mean,) = network.autoencoder.decode(latents, log_size)
+        return z, mean, calls
 
     exact_z, exact_mean, _ = solve("rk4", 400)
     rows = []

@@ -1,18 +1,17 @@
-"""AnnData: taking counts out and adding cells. With `files`, the only room that knows it."""
+"""AnnData: taking counts out and adding cells. `containers` has its other forms."""
 
 from __future__ import annotations
 
 import copy
 import sys
-import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from cfgen_augment.counts import CellMatrix, append_rows
+from cfgen_augment.counts import CellMatrix
 from cfgen_augment.stored import StoredCells, as_stored, in_order, rows_with
 
 if TYPE_CHECKING:
@@ -29,7 +28,8 @@ def is_anndata(X: object) -> TypeGuard[AnnData]:
     return module is not None and isinstance(X, module.AnnData)
 
 
-def _existing(names: Any) -> str:
+def existing(names: Any) -> str:
+    """Some names, as messages list them."""
     listed = [str(name) for name in names]
     return ", ".join(listed[:20]) + (" ..." if len(listed) > 20 else "") if listed else "none"
 
@@ -49,16 +49,23 @@ def counts(adata: AnnData, layer: str | None) -> CellMatrix:
     """
     if layer is not None and layer not in adata.layers:
         raise KeyError(
-            f"layer: expected one of the layers ({_existing(adata.layers)}); got {layer!r}."
+            f"layer: expected one of the layers ({existing(adata.layers)}); got {layer!r}."
         )
     matrix = adata.X if layer is None else adata.layers[layer]
     if matrix is None:
         raise ValueError(
             f"X: expected raw counts; got no X at all. Pass layer=, one of: "
-            f"{_existing(adata.layers)}."
+            f"{existing(adata.layers)}."
         )
+    return as_cells(matrix)
+
+
+def as_cells(matrix: Any) -> CellMatrix:
+    """A slot of AnnData as a matrix: as it is, on disk if it can be read there, or in memory."""
     if isinstance(matrix, np.ndarray) or sparse.issparse(matrix):
         return matrix
+    if hasattr(matrix, "iloc"):
+        return matrix.to_numpy()
     if getattr(matrix, "format", "csr") == "csr" and (stored := as_stored(matrix)) is not None:
         return stored
     return matrix.to_memory() if hasattr(matrix, "to_memory") else matrix[:]
@@ -74,7 +81,7 @@ def obs_column(adata: AnnData, key: str, role: str) -> pd.Series:
     """
     if key not in adata.obs:
         raise KeyError(
-            f"{role}: expected a column of obs ({_existing(adata.obs.columns)}); got {key!r}."
+            f"{role}: expected a column of obs ({existing(adata.obs.columns)}); got {key!r}."
         )
     return adata.obs[key]
 
@@ -106,95 +113,64 @@ def check_extendable(adata: AnnData, key: str) -> None:
         )
 
 
-def append_cells(
+def extended(
     adata: AnnData,
-    new: CellMatrix,
+    real: CellMatrix | None,
+    n_new: int,
     layer: str | None,
     *,
-    key: str = SYNTHETIC,
+    key: str,
     columns: Mapping[str, NDArray] | None = None,
-) -> AnnData:
-    """A new AnnData with generated cells after the real ones.
+    obsm: Collection[str] = (),
+) -> tuple[AnnData, list[str], list[str]]:
+    """A new AnnData with room for generated cells after the real ones, but for its matrices.
 
     Parameters
     ----------
     adata
         The real cells; not modified.
-    new
-        Generated counts, shape ``(n_new, n_vars)``.
+    real
+        Their counts, ``(n_obs, n_vars)``; None if ``X`` has none to add to.
+    n_new
+        Number of generated cells.
     layer
-        Layer that the counts belong to; None means ``X``. With a layer, ``X`` of the result holds
-        the counts too, because nothing else can hold for generated cells.
+        Layer that the counts belong to; None means ``X``. With a layer, ``X`` of the result is to
+        hold the counts too, because nothing else can hold for generated cells.
     key
         Boolean column of obs that marks generated cells.
     columns
         Values of the generated cells in columns of obs that were generated with them. They are
         missing in every other column.
+    obsm
+        Keys of obsm that cells are added to.
 
     Returns
     -------
-    AnnData
-        With ``X`` (and ``layers[layer]``), layers that hold the same counts, obs, var, varm, varp
-        and uns. What cannot hold with cells added (other layers, obsm, obsp, raw, and entries of
-        uns that describe a neighbour graph or a transformation of ``X``) is dropped, and a
-        warning names it.
+    result : AnnData
+        obs, var, varm, varp and uns; no ``X``, no layers and no obsm.
+    layers : list of str
+        Layers that are to hold what ``X`` will.
+    dropped : list of str
+        What cannot hold with cells added: other layers, obsm, obsp, raw, and entries of uns that
+        describe a neighbour graph or a transformation of ``X``.
 
     Raises
     ------
     ValueError
         If names of cells are not unique, or `key` is already taken.
     """
-    check_extendable(adata, key)
-    real = counts(adata, layer)
-    result, layers, dropped = extended(adata, real, new.shape[0], layer, key=key, columns=columns)
-    matrix = real.to_memory() if isinstance(real, StoredCells) else real
-    result.X = append_rows(matrix, new)
-    for k in layers:
-        result.layers[k] = result.X.copy()  # normalising X in place must not change the counts
-    if dropped:
-        warnings.warn(dropped, UserWarning, stacklevel=3)
-    return result
-
-
-def extended(
-    adata: AnnData,
-    real: CellMatrix,
-    n_new: int,
-    layer: str | None,
-    *,
-    key: str,
-    columns: Mapping[str, NDArray] | None = None,
-) -> tuple[AnnData, list[str], str]:
-    """The result of `append_cells` but for its matrices.
-
-    Parameters
-    ----------
-    adata, layer, key, columns
-        As in `append_cells`.
-    real
-        The counts of the real cells, ``(n_obs, n_vars)``.
-    n_new
-        Number of generated cells.
-
-    Returns
-    -------
-    result : AnnData
-        obs, var, varm, varp and uns; no ``X`` and no layers.
-    layers : list of str
-        Layers that are to hold what ``X`` will.
-    dropped : str
-        What to warn about; empty if nothing was dropped.
-    """
     import anndata
 
     check_extendable(adata, key)
-    obs = _extended_obs(adata, n_new, key, columns or {})
-    stale = [
-        k for k, v in adata.uns.items() if isinstance(v, Mapping) and "connectivities_key" in v
-    ]
+    obs = extended_obs(adata, n_new, key, columns or {})
+    stale = stale_entries(adata.uns)
     if layer is not None and "log1p" in adata.uns:
         stale.append("log1p")  # what scanpy would warn about, now that X holds counts
-    kept = [k for k in adata.layers if k == layer or _equal(counts(adata, k), real)]
+    kept = [
+        k
+        for k in adata.layers
+        if real is not None and (k == layer or _equal(counts(adata, k), real))
+    ]
     result = anndata.AnnData(
         obs=obs,
         var=adata.var.copy(),
@@ -203,15 +179,29 @@ def extended(
         varp={k: v.copy() for k, v in adata.varp.items()},
     )
     dropped = [f"layers[{k!r}]" for k in adata.layers if k not in kept]
-    dropped += [f"obsm[{k!r}]" for k in adata.obsm] + [f"obsp[{k!r}]" for k in adata.obsp]
-    dropped += [f"uns[{k!r}]" for k in stale] + (["raw"] if adata.raw is not None else [])
-    if layer is not None and adata.X is not None:
+    dropped += [f"obsm[{k!r}]" for k in adata.obsm if k not in obsm]
+    dropped += [f"obsp[{k!r}]" for k in adata.obsp] + [f"uns[{k!r}]" for k in stale]
+    dropped += ["raw"] if adata.raw is not None else []
+    if adata.X is not None and real is None:
+        dropped.append("X")
+    elif adata.X is not None and layer is not None:
         dropped.append("X (replaced by the counts)")
-    message = (
+    return result, kept, dropped
+
+
+def stale_entries(uns: Mapping[str, Any]) -> list[str]:
+    """Entries of uns that describe a graph of neighbours, which new cells have no part in."""
+    return [k for k, v in uns.items() if isinstance(v, Mapping) and "connectivities_key" in v]
+
+
+def note_of(dropped: Sequence[str]) -> str:
+    """What to warn about when something is dropped; empty if nothing is."""
+    if not dropped:
+        return ""
+    return (
         f"Dropped what does not hold for generated cells: {', '.join(dropped)}. Compute it again "
         "on the augmented data."
     )
-    return result, kept, message if dropped else ""
 
 
 def is_sparse(matrix: CellMatrix) -> bool:
@@ -235,9 +225,10 @@ def _equal(matrix: CellMatrix, counts: CellMatrix) -> bool:
     return all(_equal(left, right) for (_, left), (_, right) in pairs)
 
 
-def _extended_obs(
+def extended_obs(
     adata: AnnData, n_new: int, key: str, columns: Mapping[str, NDArray]
 ) -> pd.DataFrame:
+    """The annotation of cells with generated ones below; see `extended`."""
     import pandas as pd
 
     taken = set(adata.obs_names)

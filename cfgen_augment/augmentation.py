@@ -6,41 +6,50 @@ import contextlib
 import itertools
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Number
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cfgen_augment import __version__, annotated, checkpoint, files
+from cfgen_augment import __version__, annotated, checkpoint, files, writing
 from cfgen_augment.attributes import check_attribute
-from cfgen_augment.counts import CellMatrix, append_rows, rows_like
+from cfgen_augment.containers import Container
+from cfgen_augment.counts import rows_like
+from cfgen_augment.generation import Cells
+from cfgen_augment.modalities import by_name, each, stack
 from cfgen_augment.model import CFGen
+from cfgen_augment.multimodal import adapt, strip
 from cfgen_augment.processes import Processes, launched
 from cfgen_augment.sampler import CFGenSampler
-from cfgen_augment.stored import in_order, stack_rows
+from cfgen_augment.stored import side_by_side
 
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
+    from mudata import MuData
+
+    # What has cells of one or several modalities; what comes out is the kind that came in.
+    Annotated: TypeAlias = AnnData | MuData | Mapping[str, AnnData]
 
 
 def augment(
-    adata: AnnData,
+    adata: Annotated,
     label_key: str,
     *,
     target_size: int | float = 2.0,
     donor_key: str | None = None,
     batch_key: str | None = None,
-    layer: str | None = None,
+    layer: str | Mapping[str, str | None] | None = None,
+    modalities: Sequence[str] | None = None,
     sampling_strategy: str | float | Mapping | Any = "inverse-sqrt",
     exponent: float = 0.5,
     min_cells: int = 5,
     generator: CFGen | str | os.PathLike | None = None,
     covariates_from: str = "label",
-    likelihood: str = "nb",
+    likelihood: str | Mapping[str, str] = "auto",
     size_factor: str = "label",
     max_epochs: str | int | tuple[int, int] = "auto",
     solver: str | None = None,
@@ -52,22 +61,27 @@ def augment(
     distributed: bool = False,
     random_state: int | np.random.RandomState | None = None,
     verbose: bool = False,
-) -> AnnData:
-    """Add generated cells to AnnData, rare types first.
+) -> Annotated:
+    """Add generated cells to AnnData or MuData, rare types first.
 
     Parameters
     ----------
     adata
         Real cells with raw counts, shape ``(n_obs, n_vars)``; not modified. Backed AnnData are
         learned from without reading their counts as a whole; the result is in memory.
+
+        Cells of several modalities are MuData, or a mapping from names of modalities to AnnData
+        of the same cells, which are matched by obs_names, or AnnData with `modalities` in obsm.
     label_key
-        Column of obs with the cells' types.
+        Column of obs with the cells' types: of MuData that of ``mdata.obs``; of a mapping a column
+        of one of its AnnData, or of several that agree.
     target_size
         Cells in the result: an integer is a total, a float a multiple of ``n_obs``.
     donor_key, batch_key
         Columns of obs to condition on besides the label; filled in for generated cells.
-    layer
-        Layer with the raw counts; None uses ``X``.
+    layer, modalities
+        As in `CFGenSampler`: the layer with the raw counts, where it is not ``X``; and what is a
+        modality of AnnData, ``"X"`` and keys of obsm, if there are several.
     sampling_strategy, exponent, min_cells, generator, covariates_from, likelihood
         As in `CFGenSampler`.
     size_factor, max_epochs, solver, guidance, device, distributed, random_state, verbose
@@ -79,8 +93,9 @@ def augment(
 
     Returns
     -------
-    AnnData
-        A new object: the real cells, unchanged and in their order, then the generated ones.
+    AnnData, MuData or dict of AnnData
+        A new object of the kind given: the real cells, unchanged and in their order, then the
+        generated ones.
 
         ``X`` (and ``layers[layer]``)
             Raw counts.
@@ -127,10 +142,11 @@ def augment(
     >>> augmented.obs["is_synthetic"].sum()
     np.int64(60)
     """
-    if not annotated.is_anndata(adata):
+    cells = adapt(adata, layer, modalities)
+    if cells is None:
         raise TypeError(
-            f"adata: expected AnnData; got {type(adata).__name__}. For arrays and DataFrames use "
-            "CFGenSampler."
+            "adata: expected AnnData, MuData or a mapping from names of modalities to AnnData; got "
+            f"{type(adata).__name__}. For arrays and DataFrames use CFGenSampler."
         )
     keys = {"label_key": label_key, "donor_key": donor_key, "batch_key": batch_key}
     sampler = CFGenSampler(
@@ -146,6 +162,7 @@ def augment(
         solver=solver,
         guidance=guidance,
         layer=layer,
+        modalities=modalities,
         device=device,
         distributed=distributed,
         random_state=random_state,
@@ -155,11 +172,12 @@ def augment(
     together = launched(distributed, device)
     with together.first_speaks():
         blocks, columns = _train(
-            sampler, adata, keys, key_added, save_model, overwrite_model, together
+            sampler, adata, cells, keys, key_added, save_model, overwrite_model, together
         )
-        cells = stack_rows(list(blocks))
-        result = annotated.append_cells(adata, cells, layer, key=key_added, columns=columns)
-    result.uns["cfgen_augment"] = _provenance(sampler, keys, key_added, result, label_key)
+        result, note = cells.append(stack(list(blocks)), key=key_added, columns=columns)
+        if note:
+            warnings.warn(note, UserWarning, stacklevel=2)
+    cells.annotate(result, _provenance(sampler, keys, key_added, result))
     return result
 
 
@@ -171,13 +189,14 @@ def augment_file(
     target_size: int | float = 2.0,
     donor_key: str | None = None,
     batch_key: str | None = None,
-    layer: str | None = None,
+    layer: str | Mapping[str, str | None] | None = None,
+    modalities: Sequence[str] | None = None,
     sampling_strategy: str | float | Mapping | Any = "inverse-sqrt",
     exponent: float = 0.5,
     min_cells: int = 5,
     generator: CFGen | str | os.PathLike | None = None,
     covariates_from: str = "label",
-    likelihood: str = "nb",
+    likelihood: str | Mapping[str, str] = "auto",
     size_factor: str = "label",
     max_epochs: str | int | tuple[int, int] = "auto",
     solver: str | None = None,
@@ -190,20 +209,23 @@ def augment_file(
     distributed: bool = False,
     random_state: int | np.random.RandomState | None = None,
     verbose: bool = False,
-) -> AnnData:
-    """Add generated cells to an h5ad or zarr file, block by block.
+) -> AnnData | MuData:
+    """Add generated cells to an h5ad, h5mu or zarr file, block by block.
 
     What is written is what `augment` returns for the same seed: annotation, provenance, layers
     and dtypes. Neither the input's counts nor the result are ever in memory as a whole, unless the
-    input's counts are stored by columns (CSC).
+    input's counts are stored by columns (CSC), or modalities keep their cells in different orders.
 
     Parameters
     ----------
     input
-        File with the real cells: h5ad, or a directory with a zarr store.
+        File with the real cells: h5ad, h5mu for MuData, or a directory with a zarr store.
     output
-        File to write, ``.h5ad`` or ``.zarr``. It appears complete or not at all; a link stays one.
-    label_key, target_size, donor_key, batch_key, layer, sampling_strategy, exponent, min_cells
+        File to write, ``.h5ad`` or ``.zarr``, or ``.h5mu`` if that is what the input is. It appears
+        complete or not at all; a link stays one.
+    label_key, target_size, donor_key, batch_key, layer, modalities, sampling_strategy, exponent
+        As in `augment`.
+    min_cells
         As in `augment`.
     generator, covariates_from, likelihood, size_factor, max_epochs, solver, guidance, key_added
         As in `augment`.
@@ -219,7 +241,7 @@ def augment_file(
 
     Returns
     -------
-    AnnData
+    AnnData or MuData
         Annotation of what was written (obs, var, uns), without the counts; in every process.
 
     Raises
@@ -264,6 +286,7 @@ def augment_file(
     (120, 10)
     """
     files.check_output(Path(output), overwrite=overwrite)
+    files.check_kinds(Path(input), Path(output))
     keys = {"label_key": label_key, "donor_key": donor_key, "batch_key": batch_key}
     sampler = CFGenSampler(
         sampling_strategy,
@@ -278,6 +301,7 @@ def augment_file(
         solver=solver,
         guidance=guidance,
         layer=layer,
+        modalities=modalities,
         device=device,
         distributed=distributed,
         random_state=random_state,
@@ -285,87 +309,98 @@ def augment_file(
     )
     together = launched(distributed, device)
     share = together.rank, together.size
-    result: AnnData | None = None
+    result: AnnData | MuData | None = None
     with together.first_speaks():
         with contextlib.ExitStack() as stack:
             # The first process alone writes; when the stack unwinds the output is in its place.
             place = (
-                stack.enter_context(files.replacing(Path(output))) if together.is_first else None
+                stack.enter_context(writing.replacing(Path(output))) if together.is_first else None
             )
-            adata = stack.enter_context(files.opened(Path(input)))
+            given = stack.enter_context(files.opened(Path(input)))
+            cells = adapt(given, layer, modalities)
+            assert cells is not None
             blocks, columns = _train(
-                sampler, adata, keys, key_added, save_model, overwrite_model, together, share
+                *(sampler, given, cells, keys, key_added, save_model, overwrite_model),
+                *(together, share),
             )
             if together.size > 1:
-                blocks = _through_shards(blocks, place, together)
+                blocks = _through_shards(sampler, blocks, place, together)
             with together.all_or_none():
                 if place is not None:
                     result = _write(
-                        sampler, adata, layer, keys, key_added, blocks, columns, place, Path(output)
+                        sampler, cells, keys, key_added, blocks, columns, place, Path(output)
                     )
-        written: AnnData = together.agree(result)
+        written: AnnData | MuData = together.agree(result)
     return written
 
 
 def _through_shards(
-    blocks: Iterator[CellMatrix], place: Path | None, together: Processes
-) -> Iterator[CellMatrix]:
+    sampler: CFGenSampler, blocks: Iterator[Cells], place: Path | None, together: Processes
+) -> Iterator[Cells]:
     """Write one's own blocks beside the output, and read everyone's, in order.
 
     Cells go from process to process by way of the disk; no memory holds more than a block.
     """
+    layout = sampler.generator_.modalities_
     beside = Path(together.agree(str(place)))
     shards = [beside.with_name(f"{beside.name}-{rank}") for rank in range(together.size)]
     with together.first_repeats(), together.all_or_none():
-        files.write_shard(shards[together.rank], blocks)
-    return files.read_shards(shards)
+        writing.write_shard(
+            shards[together.rank], (each(layout, block, "block") for block in blocks)
+        )
+    return (by_name(layout, parts) for parts in writing.read_shards(shards))
 
 
 def _write(
     sampler: CFGenSampler,
-    adata: AnnData,
-    layer: str | None,
+    cells: Container,
     keys: Mapping[str, str | None],
     key_added: str,
-    blocks: Iterator[CellMatrix],
+    blocks: Iterator[Cells],
     columns: Mapping[str, NDArray],
     place: Path,
     output: Path,
-) -> AnnData:
+) -> AnnData | MuData:
     """Write real and generated cells to `place`, which is to become `output`."""
-    label_key = str(keys["label_key"])
-    real = annotated.counts(adata, layer)
-    result, layers, dropped = annotated.extended(
-        adata, real, len(columns[label_key]), layer, key=key_added, columns=columns
-    )
-    result.uns["cfgen_augment"] = _provenance(sampler, keys, key_added, result, label_key)
+    if not cells.grows():  # columns cannot grow row by row
+        result, note = cells.append(stack(list(blocks)), key=key_added, columns=columns)
+        if note:
+            warnings.warn(note, UserWarning, stacklevel=3)
+        cells.annotate(result, _provenance(sampler, keys, key_added, result))
+        writing.write_whole(result, place, named=output)
+        return strip(result)
+    n_new = len(columns[str(keys["label_key"])])
+    result, places, dropped = cells.frame(n_new, key=key_added, columns=columns)
+    cells.annotate(result, _provenance(sampler, keys, key_added, result))
     if dropped:
-        warnings.warn(dropped, UserWarning, stacklevel=3)
-    if getattr(real, "format", "csr") == "csc":  # columns cannot grow row by row
-        result.X = append_rows(real, stack_rows(list(blocks)))
-        for name in layers:
-            result.layers[name] = result.X
-        files.write_whole(result, place, named=output)
-        del result.X, result.layers
-        return result
-    cells = itertools.chain(
-        (block for _, block in in_order(real)),
-        (rows_like(b, real.dtype, is_sparse=annotated.is_sparse(real)) for b in blocks),
+        warnings.warn(annotated.note_of(dropped), UserWarning, stacklevel=3)
+    real = cells.real()
+    layout = sampler.generator_.modalities_
+    rows = itertools.chain(
+        (parts for _, parts in side_by_side(real)),
+        (
+            [
+                rows_like(part, own.dtype, is_sparse=annotated.is_sparse(own))
+                for part, own in zip(each(layout, block, "block"), real, strict=True)
+            ]
+            for block in blocks
+        ),
     )
-    files.write(result, place, cells, layers, named=output)
+    writing.write(result, place, rows, places, named=output)
     return result
 
 
 def _train(
     sampler: CFGenSampler,
-    adata: AnnData,
+    given: Annotated,
+    cells: Container,
     keys: Mapping[str, str | None],
     key_added: str,
     save_model: str | os.PathLike | None,
     overwrite_model: bool,
     together: Processes,
     share: tuple[int, int] = (0, 1),
-) -> tuple[Iterator[CellMatrix], dict[str, NDArray]]:
+) -> tuple[Iterator[Cells], dict[str, NDArray]]:
     """Check everything, train, and save the model.
 
     Returns
@@ -385,13 +420,13 @@ def _train(
             ". Leave out the key that repeats another."
         )
     values = {
-        role: check_attribute(annotated.obs_column(adata, key, role), f"obs[{key!r}]")
+        role: check_attribute(cells.obs_column(key, role), f"obs[{key!r}]")
         for role, key in keys.items()
         if key is not None
     }
-    annotated.check_extendable(adata, key_added)
+    cells.check_extendable(key_added)
     blocks, labels = sampler.synthesise_blocks(
-        adata,
+        given,
         values["label_key"],
         donor=values.get("donor_key"),
         batch=values.get("batch_key"),
@@ -405,14 +440,14 @@ def _train(
     columns = {str(keys["label_key"]): labels}
     for role, name in (("donor_key", "donor"), ("batch_key", "batch")):
         if (key := keys[role]) is not None:
-            columns[key] = sampler.covariates_[name][adata.n_obs :]
+            columns[key] = sampler.covariates_[name][cells.n_cells :]
     return blocks, columns
 
 
 def summary(
-    augmented: AnnData, label_key: str, key_added: str = annotated.SYNTHETIC
+    augmented: Annotated, label_key: str, key_added: str = annotated.SYNTHETIC
 ) -> pd.DataFrame:
-    """Cells per type before and after augmentation.
+    """Cells per type before and after augmentation, of what `augment` returned.
 
     Returns
     -------
@@ -422,8 +457,10 @@ def summary(
     """
     import pandas as pd
 
-    synthetic = augmented.obs[key_added].to_numpy()
-    labels = augmented.obs[label_key].astype(str).to_numpy()
+    parts = augmented.values() if isinstance(augmented, Mapping) else [augmented]
+    obs = next(part.obs for part in parts if label_key in part.obs)
+    synthetic = obs[key_added].to_numpy().astype(bool)
+    labels = obs[label_key].astype(str).to_numpy()
     table = pd.DataFrame(
         {
             "real": pd.Series(labels[~synthetic]).value_counts(),
@@ -441,8 +478,7 @@ def _provenance(
     sampler: CFGenSampler,
     keys: Mapping[str, str | None],
     key_added: str,
-    result: AnnData,
-    label_key: str,
+    result: Annotated,
 ) -> dict[str, Any]:
     """What was done, in types that every h5ad reader knows."""
     model = sampler.generator_
@@ -452,13 +488,15 @@ def _provenance(
     given["device"] = str(model.device_)
     if isinstance(sampler.generator, CFGen):
         given["generator"] = type(model).__name__
+    likelihoods = [modality.likelihood for modality in model.modalities_]
+    given["likelihood"] = by_name(model.modalities_, likelihoods)
     parameters = {}
     for name, value in {**keys, **given}.items():
         if value is None or name in ("random_state", "verbose", "distributed"):
             continue
-        plain = isinstance(value, (str, bool, Number))
+        plain = isinstance(value, (str, bool, Number)) or name == "likelihood"
         parameters[name] = value if plain else getattr(value, "__name__", str(value))
-    table = summary(result, label_key, key_added)
+    table = summary(result, str(keys["label_key"]), key_added)
     return {
         "version": __version__,
         "seed": sampler.random_seed_,

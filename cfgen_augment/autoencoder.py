@@ -9,18 +9,25 @@ count and the likelihood is on the rest, so that latents do not carry the cell's
 noise, which the noise model then adds again. And a linear classifier of labels on the latents adds
 its cross-entropy to the loss: what few cells of a rare label have in common is a small part of
 the likelihood, but all of what tells them apart.
+
+Modalities of the same cells have an encoder and a decoder each, and share the latent.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import reduce
+from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cfgen_augment.likelihoods import Likelihood
 from cfgen_augment.minibatch import Minibatch
+
+Value = TypeVar("Value")
 
 
 def _mlp(widths: Sequence[int]) -> nn.Sequential:
@@ -32,82 +39,132 @@ def _mlp(widths: Sequence[int]) -> nn.Sequential:
 
 
 class Autoencoder(nn.Module):
-    """Encoder, mirrored decoder and noise model of one block of features.
+    """An encoder, a mirrored decoder and a noise model per modality, and one latent for all.
+
+    The encoders' last layers are linear and their outputs are added up. That is one linear layer
+    on the concatenation of their last hidden layers; a single modality is the sum of one.
 
     Parameters
     ----------
-    likelihood
-        Noise model of the features.
-    n_features
-        Number of features, for example genes.
+    likelihoods
+        Noise model of every modality.
+    widths
+        Number of features of every modality, for example genes.
     n_latent
         Width of the latent space.
     hidden
-        Widths of the encoder's hidden layers; the decoder has them in reverse.
+        For every modality, widths of the encoder's hidden layers; the decoder has them in reverse.
     n_labels
         Number of labels that latents are to tell apart; 0 for none. Used in training alone.
     """
 
     def __init__(
         self,
-        likelihood: Likelihood,
-        n_features: int,
+        likelihoods: Sequence[Likelihood],
+        widths: Sequence[int],
         n_latent: int,
-        hidden: Sequence[int],
+        hidden: Sequence[Sequence[int]],
         *,
         n_labels: int = 0,
     ) -> None:
         super().__init__()
-        self.encoder = _mlp([n_features, *hidden, n_latent])
-        self.decoder = _mlp([n_latent, *reversed(hidden), n_features])
+        shapes = [[width, *layers, n_latent] for width, layers in zip(widths, hidden, strict=True)]
+        self.widths = tuple(widths)
+        self.n_latent = n_latent
+        self.encoders = nn.ModuleList(_mlp(shape) for shape in shapes)
+        self.decoders = nn.ModuleList(_mlp(shape[::-1]) for shape in shapes)
         self.label_head = nn.Linear(n_latent, n_labels) if n_labels else None
-        self.likelihood = likelihood
+        self.noise = nn.ModuleList(likelihoods)
 
     @property
-    def output_bias(self) -> nn.Parameter:
-        """Bias of the decoder's last layer, shape ``(n_features,)``."""
-        bias: nn.Parameter = self.decoder[-1].bias  # type: ignore[assignment]
-        return bias
+    def likelihoods(self) -> list[Likelihood]:
+        """Noise model of every modality."""
+        return list(self.noise)  # type: ignore[arg-type]
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Counts ``(n, n_features)`` to latents ``(n, n_latent)``."""
-        latent: Tensor = self.encoder(self.likelihood.encoder_input(x))
-        return latent
+    @property
+    def n_features(self) -> int:
+        """Number of features of all modalities together."""
+        return sum(self.widths)
 
-    def decode(self, z: Tensor, log_size: Tensor | None) -> Tensor:
-        """Latents and log size factors ``(n, 1)`` to the noise model's natural scale."""
-        return self.likelihood.natural(self.decoder(z), log_size)
+    @property
+    def output_biases(self) -> list[nn.Parameter]:
+        """Bias of every decoder's last layer, each ``(n_features,)``."""
+        return [decoder[-1].bias for decoder in self.decoders]  # type: ignore[index]
+
+    def log_sizes(self, log_size: Tensor | None) -> list[Tensor | None]:
+        """Log size factors ``(n, n_sizes)`` as one column per modality; None where it has none."""
+        scaled = [likelihood.uses_size_factor for likelihood in self.likelihoods]
+        if log_size is None:
+            return [None] * len(scaled)
+        columns = iter(log_size.split(1, dim=1))
+        return [next(columns) if uses else None for uses in scaled]
+
+    def encode(self, x: Sequence[Tensor]) -> Tensor:
+        """Cells, per modality ``(n, n_features)``, to latents ``(n, n_latent)``."""
+        return self._encode(
+            [likelihood.encoder_input(own) for likelihood, own in self._with(x)],
+        )
+
+    def decode(self, z: Tensor, log_size: Tensor | None) -> list[Tensor]:
+        """Latents and log size factors ``(n, n_sizes)`` to the noise models' natural scales."""
+        outputs = [decoder(z) for decoder in self.decoders]
+        return [
+            likelihood.natural(output, own)
+            for (likelihood, output), own in zip(
+                self._with(outputs), self.log_sizes(log_size), strict=True
+            )
+        ]
 
     def loss(
         self,
-        x: Minibatch,
-        log_size: Tensor | None,
+        x: Sequence[Minibatch],
+        log_sizes: Sequence[Tensor | None],
         labels: Tensor,
         *,
-        seen: Minibatch | None = None,
+        seen: Sequence[Minibatch] | None = None,
         label_weight: float = 0.0,
     ) -> Tensor:
         """Mean over cells and features of ``-log p(x | decode(encode(seen)), l)``, in nats.
 
+        Given the latent modalities are independent, so that their log-likelihoods add up: the
+        mean is over the features of all of them together, and each weighs as much as its
+        features tell.
+
         Parameters
         ----------
         x
-            Cells, ``(n, n_features)``.
-        log_size
-            Log size factors, ``(n, 1)``.
+            Cells, per modality ``(n, n_features)``.
+        log_sizes
+            Log size factors, per modality ``(n, 1)`` or None.
         labels
             Codes of the labels, ``(n,)``, by which the dispersion may go.
         seen
-            What the encoder sees; None for `x` itself.
+            What the encoders see; None for `x` itself.
         label_weight
             Weight of the mean cross-entropy of `label_head`, which is added.
         """
         seen = x if seen is None else seen
-        z = self.encoder(seen.dense(self.likelihood.encoder_input))
-        output = self.decoder(z)
-        if not len(output):  # a process without a share, needed for the others' batch norm
-            return output.sum()
-        loss = self.likelihood.loss(x, output, log_size, labels)
+        z = self._encode(
+            [own.dense(likelihood.encoder_input) for likelihood, own in self._with(seen)]
+        )
+        outputs = [decoder(z) for decoder in self.decoders]
+        if not len(z):  # a process without a share, needed for the others' batch norm
+            return reduce(torch.add, [output.sum() for output in outputs])
+        parts = [
+            likelihood.loss(own, output, log_size, labels) * (width / self.n_features)
+            for (likelihood, own), output, log_size, width in zip(
+                self._with(x), outputs, log_sizes, self.widths, strict=True
+            )
+        ]
+        loss = reduce(torch.add, parts)
         if self.label_head is not None:
             loss = loss + label_weight * F.cross_entropy(self.label_head(z), labels)
         return loss
+
+    def _encode(self, inputs: Sequence[Tensor]) -> Tensor:
+        parts = [encoder(own) for encoder, own in zip(self.encoders, inputs, strict=True)]
+        return reduce(torch.add, parts)
+
+    def _with(self, values: Sequence[Value]) -> list[tuple[Likelihood, Value]]:
+        """Noise models beside one value per modality."""
+        return list(zip(self.likelihoods, values, strict=True))

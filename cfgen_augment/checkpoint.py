@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cfgen_augment import __version__
 
-FORMAT = 2
+FORMAT = 3
 WEIGHTS = "weights.safetensors"
 CONFIG = "config.json"
 _RECORDED = ("torch", "numpy", "scipy", "safetensors")

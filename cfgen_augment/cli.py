@@ -1,4 +1,4 @@
-"""The command ``cfgen-augment IN.h5ad OUT.h5ad``: parse, augment, report."""
+"""The command ``cfgen-augment IN.h5ad OUT.h5ad``, or h5mu: parse, augment, report."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ _EPILOG = f"""exit codes: {OK} done; {BAD_INPUT} bad usage or unusable data; {OU
 report or saved model exists, without --force; {UNREADABLE} input or model cannot be read;
 {FAILED} training or writing failed; {INTERRUPTED} interrupted. The output appears complete or not
 at all."""
+_LIKELIHOODS = ("auto", "nb", "poisson", "bernoulli")
 _TRAINING = ("likelihood", "size_factor", "max_epochs")  # options that a saved model has decided
 
 
@@ -36,15 +37,32 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     made.add_argument(
-        "input", metavar="IN.h5ad", type=Path, help="real cells with raw counts; h5ad or zarr"
+        "input",
+        metavar="IN.h5ad",
+        type=Path,
+        help="real cells with raw counts; h5ad, h5mu or zarr",
     )
     made.add_argument(
-        "output", metavar="OUT.h5ad", type=Path, help="where to write the result; .h5ad or .zarr"
+        "output",
+        metavar="OUT.h5ad",
+        type=Path,
+        help="where to write the result; .h5ad or .zarr, and .h5mu if the input is",
     )
     made.add_argument("--label-key", required=True, metavar="KEY", help="column of obs with types")
     made.add_argument("--donor-key", metavar="KEY", help="column of obs to condition on as well")
     made.add_argument("--batch-key", metavar="KEY", help="column of obs to condition on as well")
-    made.add_argument("--layer", metavar="NAME", help="layer with the raw counts (default: X)")
+    made.add_argument(
+        "--layer",
+        type=_by_modality,
+        metavar="NAME",
+        help="layer with the raw counts (default: X); of h5mu also RNA=NAME,ATAC=NAME",
+    )
+    made.add_argument(
+        "--modalities",
+        type=lambda text: text.split(","),
+        metavar="X,NAME",
+        help="of h5ad with several modalities: which they are, X and keys of obsm",
+    )
     made.add_argument(
         "--target-size",
         type=_target_size,
@@ -67,9 +85,11 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--likelihood",
-        choices=["nb", "poisson", "bernoulli"],
-        default="nb",
-        help="noise model (default: nb)",
+        type=_likelihood,
+        default="auto",
+        metavar="NAME",
+        help="noise model: nb, poisson, bernoulli, or auto, which is nb but for modalities of "
+        "zeros and ones; of several modalities also RNA=NAME,ATAC=NAME (default: auto)",
     )
     made.add_argument(
         "--size-factor",
@@ -126,6 +146,28 @@ def _target_size(text: str) -> int | float:
     )
 
 
+def _by_modality(text: str) -> str | dict[str, str]:
+    """One value, or values by modality."""
+    if "=" not in text:
+        return text
+    pairs = [part.split("=") for part in text.split(",")]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
+        raise argparse.ArgumentTypeError(
+            f"expected a name, or names by modality such as rna=a,atac=b; got {text!r}"
+        )
+    return dict(pairs)
+
+
+def _likelihood(text: str) -> str | dict[str, str]:
+    given = _by_modality(text)
+    for name in given.values() if isinstance(given, dict) else [given]:
+        if name not in _LIKELIHOODS:
+            raise argparse.ArgumentTypeError(
+                f"invalid choice: {name!r} (choose from {', '.join(_LIKELIHOODS)})"
+            )
+    return given
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = parser().parse_args(arguments)
@@ -172,11 +214,12 @@ def _run(given: argparse.Namespace) -> int:
 
 def _refuse(given: argparse.Namespace) -> tuple[int, str] | None:
     """Exit code and message if the arguments cannot lead to an output."""
-    from cfgen_augment import files
+    from cfgen_augment import files, multimodal
 
     output = given.output
     try:
         files.check_output(output, overwrite=given.force)
+        files.check_kinds(given.input, output)
         if given.report is not None:
             files.check_report(given.report, overwrite=given.force)
     except ValueError as error:
@@ -189,6 +232,12 @@ def _refuse(given: argparse.Namespace) -> tuple[int, str] | None:
         place.resolve() for place in (given.input, output, given.save_model) if place is not None
     }:
         return BAD_INPUT, f"--report: expected a place of its own; got {given.report}."
+    if given.report is not None and output.suffix == ".h5mu":
+        return (
+            BAD_INPUT,
+            "--report: expected an output with one matrix per cell; h5mu has several. Leave it "
+            "out, and use cfgen_augment.diagnose on one modality at a time.",
+        )
     if given.model is not None:
         default = parser().get_default
         if taken := [name for name in _TRAINING if getattr(given, name) != default(name)]:
@@ -198,8 +247,12 @@ def _refuse(given: argparse.Namespace) -> tuple[int, str] | None:
                 f"{flags}: expected only without --model, which is trained already. Leave it out.",
             )
     try:
+        if output.suffix == ".h5mu":
+            multimodal.check_mudata()
         import anndata  # noqa: F401
-    except ImportError:
+    except ImportError as error:
+        if str(error).startswith("mudata:"):
+            return BAD_INPUT, str(error)
         return (
             BAD_INPUT,
             "anndata: expected it to be installed; it is not. Run: "
@@ -225,6 +278,7 @@ def _augment(given: argparse.Namespace) -> int:
                 donor_key=given.donor_key,
                 batch_key=given.batch_key,
                 layer=given.layer,
+                modalities=given.modalities,
                 exponent=given.exponent,
                 min_cells=given.min_cells,
                 generator=given.model,

@@ -161,6 +161,15 @@ def _check_values(values: NDArray, kind: ValueKind, name: str) -> None:
             )
 
 
+def holds_presence(X: CellMatrix) -> bool:
+    """Whether zeros and ones are the only values; `X` as `check_cells` returns it."""
+    for _, block in in_order(X, rows_with(X, _SCAN)):
+        values = block.data if sparse.issparse(block) else block
+        if not ((values == 0) | (values == 1)).all():
+            return False  # of counts the first block says so
+    return True
+
+
 def dense_rows(X: CellMatrix, rows: NDArray[np.integer] | slice) -> NDArray[np.float32]:
     """Some cells as a dense float32 array of shape ``(len(rows), n_features)``."""
     block = X[rows]

@@ -149,8 +149,8 @@ class VelocityField(nn.Module):
         label the pooled one, are added here.
     width, n_blocks, n_embedding
         Width and number of residual blocks, and width of the embeddings.
-    size_factor
-        Whether the field also depends on the cell's size factor.
+    n_size_factors
+        Number of size factors of a cell that the field also depends on.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class VelocityField(nn.Module):
         width: int,
         n_blocks: int,
         n_embedding: int,
-        size_factor: bool,
+        n_size_factors: int,
     ) -> None:
         super().__init__()
         self.inlet = nn.Linear(n_latent, width)
@@ -175,12 +175,14 @@ class VelocityField(nn.Module):
         self.register_buffer("effects", torch.zeros(sum(rows), n_latent))
         self.register_buffer("expected", torch.zeros(len(others), n_labels + 1, n_latent))
         self.register_buffer("scales", torch.ones(n_labels + 1, 1))
-        self.register_buffer("size_centres", torch.zeros(n_labels + 1, 1))
+        self.register_buffer("size_centres", torch.zeros(n_labels + 1, n_size_factors))
         self.effects: Tensor
         self.expected: Tensor
         self.scales: Tensor
         self.size_centres: Tensor
-        self.size_factor = _ScalarEmbedding(n_embedding) if size_factor else None
+        self.size_factors = nn.ModuleList(
+            _ScalarEmbedding(n_embedding) for _ in range(n_size_factors)
+        )
         self.blocks = nn.ModuleList(_ResidualBlock(width, n_embedding) for _ in range(n_blocks))
         self.outlet = nn.Sequential(nn.SiLU(), nn.Linear(width, n_latent))
 
@@ -208,7 +210,7 @@ class VelocityField(nn.Module):
         ----------
         latents, attributes, log_size
             Standardised latents ``(n, n_latent)``, category codes ``(n, n_attributes)``, all
-            given, and scaled log size factors ``(n, 1)`` or None.
+            given, and scaled log size factors ``(n, n_size_factors)`` or None.
         """
         self.start_without_centres(latents.device)
         labels, *others = attributes.unbind(1)
@@ -285,7 +287,8 @@ class VelocityField(nn.Module):
         attributes
             Category codes, ``(n, n_attributes)``.
         log_size
-            Log size factors scaled to [0, 1], ``(n, 1)``, if the field depends on them.
+            Log size factors scaled to [0, 1], ``(n, n_size_factors)``, if the field depends on
+            them.
         pooled
             Which cells know no more of their label than its centre, ``(n,)``; None means none.
         """
@@ -297,9 +300,10 @@ class VelocityField(nn.Module):
             embedding(codes)
             for embedding, codes in zip(self.attributes, (seen, *others), strict=True)
         ]
-        if self.size_factor is not None and log_size is not None:
+        if log_size is not None:
             # Deep for its label: what is deep for one is shallow for another.
-            parts.append(self.size_factor(log_size - self.size_centres[labels]))
+            deep = (log_size - self.size_centres[labels]).split(1, dim=1)
+            parts += [embed(own) for embed, own in zip(self.size_factors, deep, strict=True)]
         embedding = torch.stack(parts).sum(dim=0)
         return Condition(embedding, self.centre(attributes), self.scales[labels])
 

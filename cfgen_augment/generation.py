@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,17 +17,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cfgen_augment.attributes import check_attribute
-from cfgen_augment.counts import CellMatrix, as_dtype, check_cells
+from cfgen_augment.counts import CellMatrix, as_dtype
 from cfgen_augment.likelihoods import value_kind
+from cfgen_augment.modalities import by_name, check_like, each, stack
 from cfgen_augment.parameters import RandomState, check_parameters, entropy
 from cfgen_augment.processes import Processes
 from cfgen_augment.saved import SavedModel
 from cfgen_augment.solver import REHEARSAL_CELLS, Solver, Velocity, make_solver
 from cfgen_augment.stages import block_rows, encode_cells
-from cfgen_augment.stored import stack_rows
 from cfgen_augment.training import seeded
 
 LABEL = "label"  # name of the attribute that holds the cells' labels
+
+# A matrix, or one per modality by name.
+Cells: TypeAlias = sparse.csr_matrix | NDArray | dict[str, sparse.csr_matrix | NDArray]
 
 Terms = list[tuple[float, NDArray[np.bool_]]]
 
@@ -40,7 +44,7 @@ class Wanted:
     codes
         Category codes, ``(n, n_attributes)``, -1 where an attribute is not given.
     totals
-        Total counts, ``(n,)``.
+        Total counts, ``(n, n_sizes)``: one for every modality that has a size factor.
     pooled
         Which take how they lie around their label's centre from all labels, ``(n,)``.
     """
@@ -59,7 +63,7 @@ class Wanted:
 class FittedModel(SavedModel):
     """Generating and encoding; `CFGen` adds its parameters and how to fit them."""
 
-    likelihood: str
+    likelihood: str | Mapping[str, str]
     dispersion: str
     size_factor: str
     condition_on_size_factor: bool
@@ -83,10 +87,10 @@ class FittedModel(SavedModel):
         n_cells: int | None = None,
         covariates: Mapping[str, ArrayLike] | None = None,
         guidance: float | Mapping[str, float] | None = None,
-        size_factors: ArrayLike | None = None,
+        size_factors: ArrayLike | Mapping[str, ArrayLike] | None = None,
         latents: ArrayLike | None = None,
         random_state: RandomState = None,
-    ) -> sparse.csr_matrix | NDArray:
+    ) -> Cells:
         """Generate one cell for every label, or for every row of the covariates.
 
         Parameters
@@ -103,7 +107,8 @@ class FittedModel(SavedModel):
             see the class. None uses the model's own `guidance`. A weight of 0 leaves attributes out
             of the flow.
         size_factors
-            Total count of every cell; drawn from the fitted log-normal if None.
+            Total count of every cell; drawn from the fitted log-normal if None. Of several
+            modalities, a mapping that has those with a size factor.
         latents
             Latents to decode instead of the flow's, ``(n_cells, n_latent)``, for example from
             `encode`. Guidance then does nothing; all else is drawn as it would have been.
@@ -115,6 +120,7 @@ class FittedModel(SavedModel):
         -------
         CSR matrix of shape (n_cells, n_features)
             Counts, in the dtype of the training data. With the Gaussian likelihood, an ndarray.
+            Of several modalities, a dict that has a matrix for each.
 
         Raises
         ------
@@ -138,7 +144,7 @@ class FittedModel(SavedModel):
             latents=latents,
             random_state=random_state,
         )
-        return stack_rows(list(blocks))
+        return stack(list(blocks))
 
     def generate_blocks(
         self,
@@ -147,11 +153,11 @@ class FittedModel(SavedModel):
         n_cells: int | None = None,
         covariates: Mapping[str, ArrayLike] | None = None,
         guidance: float | Mapping[str, float] | None = None,
-        size_factors: ArrayLike | None = None,
+        size_factors: ArrayLike | Mapping[str, ArrayLike] | None = None,
         latents: ArrayLike | None = None,
         random_state: RandomState = None,
         share: tuple[int, int] = (0, 1),
-    ) -> Iterator[sparse.csr_matrix | NDArray]:
+    ) -> Iterator[Cells]:
         """Generate the same cells as `generate`, a block of rows at a time.
 
         Memory does not grow with the number of cells but for a few numbers per cell (its
@@ -173,7 +179,7 @@ class FittedModel(SavedModel):
         -------
         iterator of CSR matrices (or ndarrays) of shape (n_block, n_features)
             At least one block, empty if no cells are wanted. One below the other, and the shares
-            likewise, they are what `generate` returns.
+            likewise, they are what `generate` returns; dicts of matrices for several modalities.
 
         Raises
         ------
@@ -250,43 +256,56 @@ class FittedModel(SavedModel):
         blocks: Sequence[tuple[slice, int]],
         *,
         show: bool,
-    ) -> Iterator[sparse.csr_matrix | NDArray]:
+    ) -> Iterator[Cells]:
         """Cells of blocks (rows and seed), in the training data's dtype; at least one block."""
         if not blocks:
             yield self._empty()
-        too_large = 0
+        dtypes = each(self.modalities_, self.dtype_, "dtype_")
+        too_large = [0] * len(dtypes)
         hidden = not (self.verbose and show)
         for block, seed in tqdm(blocks, desc="generate", unit="block", disable=hidden):
             generator = torch.Generator(self.device_).manual_seed(seed)
             given = None if latents is None else latents[block]
             drawn = self._generate_block(cells[block], terms, solver, given, generator)
-            if self.likelihood == "gaussian":
-                yield drawn.astype(np.result_type(self.dtype_, np.float32), copy=False)
-                continue
-            cast, held = as_dtype(drawn, self.dtype_)
-            too_large += held
-            yield cast
-        if too_large:
-            warnings.warn(
-                f"{too_large:,} generated counts were larger than {self.dtype_} can hold exactly "
-                "and were held at its largest value; fit on a wider dtype to keep them.",
-                UserWarning,
-                stacklevel=3,
-            )
+            cast = []
+            for i, (matrix, dtype) in enumerate(zip(drawn, dtypes, strict=True)):
+                if sparse.issparse(matrix):
+                    matrix, held = as_dtype(matrix, dtype)
+                    too_large[i] += held
+                else:
+                    matrix = matrix.astype(np.result_type(dtype, np.float32), copy=False)
+                cast.append(matrix)
+            yield by_name(self.modalities_, cast)
+        for modality, dtype, n in zip(self.modalities_, dtypes, too_large, strict=True):
+            if n:
+                of = "" if modality.name is None else f" of {modality.name!r}"
+                warnings.warn(
+                    f"{n:,} generated counts{of} were larger than {dtype} can hold exactly and "
+                    "were held at its largest value; fit on a wider dtype to keep them.",
+                    UserWarning,
+                    stacklevel=3,
+                )
 
-    def _empty(self) -> sparse.csr_matrix | NDArray:
-        if self.likelihood == "gaussian":
-            return np.empty((0, self.n_features_in_), dtype=np.float32)
-        none = sparse.csr_matrix((0, self.n_features_in_), dtype=np.int32)
-        return as_dtype(none, self.dtype_)[0]
+    def _empty(self) -> Cells:
+        parts: list[Any] = []
+        for modality, dtype in zip(
+            self.modalities_, each(self.modalities_, self.dtype_, "dtype_"), strict=True
+        ):
+            shape = (0, modality.n_features)
+            if value_kind(modality.likelihood) == "real":
+                parts.append(np.empty(shape, dtype=np.float32))
+            else:
+                parts.append(as_dtype(sparse.csr_matrix(shape, dtype=np.int32), dtype)[0])
+        return by_name(self.modalities_, parts)
 
-    def encode(self, X: CellMatrix) -> NDArray[np.float32]:
+    def encode(self, X: CellMatrix | Mapping[str, CellMatrix]) -> NDArray[np.float32]:
         """Latents of cells, ``(n_cells, n_latent)``, block by block; see `generate`.
 
         Parameters
         ----------
         X
-            What `fit` takes, on the same features, ``(n_cells, n_features)``.
+            What `fit` takes, on the same features, ``(n_cells, n_features)``, or a mapping of
+            such matrices where the model was fitted on one.
 
         Raises
         ------
@@ -296,14 +315,9 @@ class FittedModel(SavedModel):
             If the matrix is not what the model was fitted on.
         """
         self._check_fitted()
-        X = check_cells(X, value_kind(self.likelihood))
-        if X.shape[1] != self.n_features_in_:
-            raise ValueError(
-                f"X: expected the {self.n_features_in_:,} features the model was fitted on; got "
-                f"{X.shape[1]:,}. Pass the same features in the same order."
-            )
+        matrices = check_like(self.modalities_, X)
         latents: NDArray[np.float32] = (
-            encode_cells(self.network_.autoencoder, X, self.device_).cpu().numpy()
+            encode_cells(self.network_.autoencoder, matrices, self.device_).cpu().numpy()
         )
         return latents
 
@@ -341,7 +355,7 @@ class FittedModel(SavedModel):
         solver: Solver | None,
         given: NDArray[np.float32] | None,
         generator: torch.Generator,
-    ) -> sparse.csr_matrix | NDArray:
+    ) -> list[sparse.csr_matrix | NDArray]:
         """Cells of the given latents, or of latents that the solver carries noise to."""
         device = self.device_
         if solver is None:
@@ -351,7 +365,7 @@ class FittedModel(SavedModel):
             latents = self.network_.latents(noise, velocity, solver)
         log_size = torch.as_tensor(np.log(cells.totals), dtype=torch.float32, device=device)
         labels = torch.as_tensor(cells.codes[:, 0], device=device)
-        return self.network_.draw(latents, log_size[:, None], labels, generator)
+        return self.network_.draw(latents, log_size, labels, generator)
 
     def _check_wanted(
         self,
@@ -388,21 +402,18 @@ class FittedModel(SavedModel):
 
     def _totals(
         self,
-        size_factors: ArrayLike | None,
+        size_factors: ArrayLike | Mapping[str, ArrayLike] | None,
         codes: NDArray[np.int64],
         random: np.random.Generator,
     ) -> NDArray[np.float64]:
+        """Total counts of the wanted cells, ``(n, n_sizes)``."""
         n = len(codes)
+        scaled = [modality for modality in self.modalities_ if modality.has_size_factor]
         if size_factors is not None:
-            totals = np.asarray(size_factors, dtype=np.float64)
-            if totals.shape != (n,) or not (np.isfinite(totals).all() and (totals > 0).all()):
-                raise ValueError(
-                    f"size_factors: expected {n:,} positive totals; got shape {totals.shape} with "
-                    f"smallest value {totals.min(initial=np.inf):g}."
-                )
-            return totals
-        if not self.network_.autoencoder.likelihood.uses_size_factor:
-            return np.ones(n)
+            given = each(scaled or self.modalities_[:1], size_factors, "size_factors")
+            return np.column_stack([_check_totals(totals, n) for totals in given])
+        if not scaled:
+            return np.ones((n, 1))
         groups, _ = self._size_factor_groups(codes)
         return self.size_factor_.sample(groups, random)
 
@@ -414,8 +425,18 @@ class FittedModel(SavedModel):
         return codes[:, column], self.attributes_.sizes[column]
 
     def _flow_size(self, totals: NDArray[np.float64], device: torch.device) -> Tensor | None:
-        """Size factors as the flow sees them, ``(n, 1)``, or None if it does not."""
+        """Size factors as the flow sees them, ``(n, n_sizes)``, or None if it does not."""
         if not self.condition_on_size_factor:
             return None
         scaled = self.size_factor_.scaled(totals)
-        return torch.as_tensor(scaled, dtype=torch.float32, device=device)[:, None]
+        return torch.as_tensor(scaled, dtype=torch.float32, device=device)
+
+
+def _check_totals(size_factors: ArrayLike, n: int) -> NDArray[np.float64]:
+    totals = np.asarray(size_factors, dtype=np.float64)
+    if totals.shape != (n,) or not (np.isfinite(totals).all() and (totals > 0).all()):
+        raise ValueError(
+            f"size_factors: expected {n:,} positive totals; got shape {totals.shape} with "
+            f"smallest value {totals.min(initial=np.inf):g}."
+        )
+    return totals

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -367,6 +368,11 @@ def value_kind(name: str) -> ValueKind:
     return _KINDS[name].values
 
 
+def uses_size_factor(name: str) -> bool:
+    """Whether the noise model called `name` scales a composition by the cell's total count."""
+    return _KINDS[name].uses_size_factor
+
+
 def make_likelihood(name: str, n_features: int, n_groups: int = 1) -> Likelihood:
     """The noise model called `name`; `n_groups` > 1 asks for a dispersion per group and gene.
 
@@ -385,3 +391,20 @@ def make_likelihood(name: str, n_features: int, n_groups: int = 1) -> Likelihood
             "has no inverse dispersion. Use dispersion='gene'."
         )
     return Gaussian(n_features) if name == "gaussian" else _KINDS[name]()
+
+
+def make_likelihoods(kinds: Sequence[tuple[str, int]], n_groups: int = 1) -> list[Likelihood]:
+    """The noise models of several blocks of features, each a name and a number of features.
+
+    `n_groups` > 1 is for those that have a dispersion.
+
+    Raises
+    ------
+    ValueError
+        As `make_likelihood`, if none of them has a dispersion.
+    """
+    dispersed = any(name == "nb" for name, _ in kinds)
+    return [
+        make_likelihood(name, n_features, n_groups if name == "nb" or not dispersed else 1)
+        for name, n_features in kinds
+    ]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from cfgen_augment.autoencoder import Autoencoder
 from cfgen_augment.flow import NULL, VelocityField, guided
-from cfgen_augment.likelihoods import make_likelihood
+from cfgen_augment.likelihoods import make_likelihoods
+from cfgen_augment.modalities import Modality, n_sizes
 from cfgen_augment.solver import Solver, Velocity
 
 
@@ -21,38 +22,40 @@ class Network(nn.Module):
 
     Parameters
     ----------
-    likelihood, n_groups
-        Name of the noise model, and number of groups with a dispersion of their own.
-    n_features, n_latent, hidden
-        Shape of the autoencoder.
+    modalities, n_groups
+        What cells consist of, and number of groups with a dispersion of their own.
+    n_latent, hidden
+        Shape of the autoencoder; `hidden` has the layers of every modality.
     n_categories
         Number of categories of every attribute the flow is conditioned on, the label first.
     label_head
         Whether the autoencoder has a classifier of labels, see `Autoencoder`.
     flow_width, flow_blocks
         Shape of the velocity field.
-    size_factor
-        Whether the flow sees the size factor.
+    condition_on_size_factor
+        Whether the flow sees the size factors.
     """
 
     def __init__(
         self,
         *,
-        likelihood: str,
+        modalities: Sequence[Modality],
         n_groups: int,
-        n_features: int,
         n_latent: int,
-        hidden: Sequence[int],
+        hidden: Sequence[Sequence[int]],
         n_categories: Sequence[int],
         label_head: bool,
         flow_width: int,
         flow_blocks: int,
-        size_factor: bool,
+        condition_on_size_factor: bool,
     ) -> None:
         super().__init__()
+        likelihoods = make_likelihoods(
+            [(modality.likelihood, modality.n_features) for modality in modalities], n_groups
+        )
         self.autoencoder = Autoencoder(
-            make_likelihood(likelihood, n_features, n_groups),
-            n_features,
+            likelihoods,
+            [modality.n_features for modality in modalities],
             n_latent,
             hidden,
             n_labels=n_categories[0] if label_head else 0,
@@ -63,7 +66,7 @@ class Network(nn.Module):
             width=flow_width,
             n_blocks=flow_blocks,
             n_embedding=flow_width,
-            size_factor=size_factor,
+            n_size_factors=n_sizes(modalities) if condition_on_size_factor else 0,
         )
         self.latent_mean: Tensor
         self.latent_scale: Tensor
@@ -108,7 +111,11 @@ class Network(nn.Module):
 
     def draw(
         self, latents: Tensor, log_size: Tensor, groups: Tensor, generator: torch.Generator
-    ) -> sparse.csr_matrix | np.ndarray:
-        """Decode latents at log size factors ``(n, 1)`` and draw from the noise model."""
-        output = self.autoencoder.decoder(latents)
-        return self.autoencoder.likelihood.sample(output, log_size, groups, generator=generator)
+    ) -> list[sparse.csr_matrix | np.ndarray]:
+        """Decode latents at log size factors ``(n, n_sizes)`` and draw from the noise models."""
+        made = self.autoencoder
+        parts = zip(made.decoders, made.likelihoods, made.log_sizes(log_size), strict=True)
+        return [
+            likelihood.sample(decoder(latents), own, groups, generator=generator)
+            for decoder, likelihood, own in parts
+        ]

@@ -67,16 +67,34 @@ def _pair_of(check: Any) -> Any:
     return check_pair
 
 
+def _for_each(check: Any) -> Any:
+    def check_each(value: Any) -> bool:
+        values = value.values() if isinstance(value, Mapping) else [value]
+        return all(check(part) for part in values)
+
+    return check_each
+
+
+def _widths(value: Any) -> bool:
+    if isinstance(value, str):
+        return value == "auto"
+    return isinstance(value, (tuple, list)) and len(value) > 0 and all(map(_whole(1), value))
+
+
 _TINY = np.finfo(float).tiny
 _COUNT = (_whole(1), "a whole number of at least 1")
 _RULES: dict[str, tuple[Any, str]] = {
-    "likelihood": (lambda v: v in LIKELIHOODS, f"one of {LIKELIHOODS}"),
+    "likelihood": (
+        _for_each(lambda v: isinstance(v, str) and v in ("auto", *LIKELIHOODS)),
+        f"'auto' or one of {LIKELIHOODS}, or a mapping from modalities to them",
+    ),
     "dispersion": (lambda v: v in ("gene", "gene-label"), "'gene' or 'gene-label'"),
     "size_factor": (lambda v: isinstance(v, str), "'shared', 'label' or the name of a covariate"),
     "n_latent": _COUNT,
     "hidden": (
-        lambda v: isinstance(v, (tuple, list)) and len(v) > 0 and all(map(_whole(1), v)),
-        "at least one width, each a whole number of at least 1",
+        _for_each(_widths),
+        "'auto', at least one width, each a whole number of at least 1, or a mapping from "
+        "modalities to them",
     ),
     "flow_width": (_whole(2), "a whole number of at least 2"),
     "flow_blocks": _COUNT,

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfgen_augment import __version__, files, plot
+from cfgen_augment import __version__, files, plot, writing
 from cfgen_augment.diagnosis import LIMITS, MIN_CELLS, TOO_FEW, diagnose
 from cfgen_augment.pairs import Pairs, paired
 from cfgen_augment.parameters import RandomState
@@ -90,7 +90,7 @@ def write_report(
     )
     table = diagnose(pairs, max_cells=max_cells)
     page = _page(table, pairs)
-    with files.replacing(path) as place, files.writing(path):
+    with writing.replacing(path) as place, writing.writing(path):
         place.write_text(page, encoding="utf-8")
     return table
 

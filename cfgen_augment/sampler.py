@@ -6,7 +6,7 @@ import copy
 import inspect
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -19,17 +19,18 @@ from scipy import sparse
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.multiclass import check_classification_targets
 
-from cfgen_augment import annotated
 from cfgen_augment.allocation import allocate, total_after
+from cfgen_augment.annotated import SYNTHETIC
 from cfgen_augment.attributes import Attributes, check_attribute, check_feature_names
-from cfgen_augment.counts import CellMatrix, append_rows, check_cells
-from cfgen_augment.generation import LABEL
-from cfgen_augment.likelihoods import value_kind
+from cfgen_augment.containers import Container
+from cfgen_augment.counts import CellMatrix, append_rows
+from cfgen_augment.generation import LABEL, Cells
+from cfgen_augment.modalities import by_name, check_like, each, lay_out, stack
 from cfgen_augment.model import CFGen
+from cfgen_augment.multimodal import adapt
 from cfgen_augment.parameters import check_parameters, entropy
 from cfgen_augment.processes import Processes, launched
 from cfgen_augment.solver import check_solver
-from cfgen_augment.stored import stack_rows
 from cfgen_augment.training import resolve_device
 
 _GENERATION = ("solver", "n_steps", "guidance")  # None leaves each to the model
@@ -74,9 +75,11 @@ class CFGenSampler(BaseOverSampler):
     covariates_from : {"label", "all"}, default="label"
         Where a synthetic cell's donor and batch come from when they are passed: a random real
         cell of its own type, or of the whole training set.
-    likelihood : {"nb", "poisson", "bernoulli", "gaussian"}, default="nb"
-        Noise model. The first two take raw counts, the third zeros and ones, the last any
-        features.
+    likelihood : {"auto", "nb", "poisson", "bernoulli", "gaussian"} or mapping, default="auto"
+        Noise model. ``"nb"`` and ``"poisson"`` take raw counts, ``"bernoulli"`` zeros and ones,
+        ``"gaussian"`` any features; for several modalities, one for all or a mapping from their
+        names. ``"auto"`` is as in `CFGen`: ``"nb"``, but ``"bernoulli"`` for modalities of zeros
+        and ones.
     dispersion : {"gene", "gene-label"}, default="gene"
         One inverse dispersion per gene, or per label and gene.
     size_factor : {"shared", "label", "donor", "batch"}, default="label"
@@ -96,8 +99,12 @@ class CFGenSampler(BaseOverSampler):
     guidance : float, dict or None, default=None
         One weight for all attributes together, or weights by attribute (``"label"``, ``"donor"``,
         ``"batch"``) composed by Eq. 10; None leaves it to the model.
-    layer : str or None, default=None
-        For AnnData: the layer that holds the raw counts; None uses ``X``.
+    layer : str, mapping or None, default=None
+        For AnnData and MuData: the layer that holds the raw counts; None uses ``X``. For several
+        modalities, one for all or a mapping from their names, where those left out use ``X``.
+    modalities : list of str or None, default=None
+        For AnnData with several modalities: which they are, as keys of obsm and ``"X"`` for
+        ``X`` (or its layer). None means that ``X`` is all there is.
     device : str, default="auto"
         ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
     distributed : bool, default=False
@@ -123,7 +130,8 @@ class CFGenSampler(BaseOverSampler):
     n_features_in_ : int
         Number of features in the input.
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
-        Names of the features, where all are strings.
+        Names of the features, where all are strings; of several modalities, one after the other,
+        after the modality's name and a colon.
 
     See Also
     --------
@@ -167,7 +175,7 @@ class CFGenSampler(BaseOverSampler):
         "min_cells": [Interval(Integral, 1, None, closed="left")],
         "generator": [CFGen, str, os.PathLike, None],
         "covariates_from": [StrOptions({"label", "all"})],
-        "likelihood": [StrOptions({"nb", "poisson", "bernoulli", "gaussian"})],
+        "likelihood": [StrOptions({"auto", "nb", "poisson", "bernoulli", "gaussian"}), Mapping],
         "dispersion": [StrOptions({"gene", "gene-label"})],
         "size_factor": [StrOptions({"shared", "label", "donor", "batch"})],
         "n_latent": [Interval(Integral, 1, None, closed="left")],
@@ -177,7 +185,8 @@ class CFGenSampler(BaseOverSampler):
         "solver": [StrOptions({"fitted", "midpoint", "heun", "rk4", "dopri5"}), None],
         "n_steps": [Interval(Integral, 1, None, closed="left"), None],
         "guidance": [Interval(Real, None, None, closed="neither"), Mapping, None],
-        "layer": [str, None],
+        "layer": [str, Mapping, None],
+        "modalities": [list, tuple, None],
         "device": [str],
         "distributed": ["boolean"],
         "random_state": ["random_state"],
@@ -193,7 +202,7 @@ class CFGenSampler(BaseOverSampler):
         min_cells: int = 5,
         generator: CFGen | str | os.PathLike | None = None,
         covariates_from: str = "label",
-        likelihood: str = "nb",
+        likelihood: str | Mapping[str, str] = "auto",
         dispersion: str = "gene",
         size_factor: str = "label",
         n_latent: int = 50,
@@ -203,7 +212,8 @@ class CFGenSampler(BaseOverSampler):
         solver: str | None = None,
         n_steps: int | None = None,
         guidance: float | Mapping[str, float] | None = None,
-        layer: str | None = None,
+        layer: str | Mapping[str, str | None] | None = None,
+        modalities: Sequence[str] | None = None,
         device: str = "auto",
         distributed: bool = False,
         random_state: int | np.random.RandomState | None = None,
@@ -226,6 +236,7 @@ class CFGenSampler(BaseOverSampler):
         self.n_steps = n_steps
         self.guidance = guidance
         self.layer = layer
+        self.modalities = modalities
         self.device = device
         self.distributed = distributed
         self.random_state = random_state
@@ -256,7 +267,7 @@ class CFGenSampler(BaseOverSampler):
         self._validate_params()
         if unknown := params.keys() - {"donor", "batch"}:
             raise TypeError(f"fit: expected donor and batch; got {sorted(unknown)}.")
-        cells, labels, _ = self._check_X_y(X, y)
+        cells, labels, _ = self._check_X_y(X, y, self._adapted(X))
         self._plan(cells, labels, **params)
         return self
 
@@ -272,8 +283,10 @@ class CFGenSampler(BaseOverSampler):
 
         Parameters
         ----------
-        X : array-like, sparse matrix, DataFrame or AnnData of shape (n_samples, n_features)
-            Raw counts, or what the likelihood models.
+        X : array-like, sparse matrix, DataFrame, AnnData or MuData of n_samples cells
+            Raw counts, or what the likelihood models. A mapping from names of modalities to
+            AnnData of the same cells is taken too; cells are matched by obs_names, and `y` is in
+            the order of the first.
         y : array-like of shape (n_samples,)
             Label of every cell.
         donor, batch : array-like of shape (n_samples,), optional
@@ -283,7 +296,7 @@ class CFGenSampler(BaseOverSampler):
 
         Returns
         -------
-        X_resampled : same type as X, of shape (n_samples_new, n_features)
+        X_resampled : same type as X, of n_samples_new cells
             The real cells, then the generated ones, in the dtype of `X`.
         y_resampled : same type as y, of shape (n_samples_new,)
             Their labels.
@@ -300,20 +313,22 @@ class CFGenSampler(BaseOverSampler):
         """
         self._validate_params()
         with self._processes().first_speaks():
-            if annotated.is_anndata(X):
-                annotated.check_extendable(X, annotated.SYNTHETIC)
-                container = None
+            annotation = self._adapted(X)
+            if annotation is not None:
+                annotation.check_extendable(SYNTHETIC)
             else:
                 container = ArraysTransformer(X, y)
-            cells, labels, one_vs_all = self._check_X_y(X, y)
+            cells, labels, one_vs_all = self._check_X_y(X, y, annotation)
             blocks, new_labels = self._synthesise(cells, labels, donor=donor, batch=batch)
-            new = stack_rows(list(blocks))
+            new = stack(list(blocks))
             y_resampled = np.concatenate([labels, new_labels])
-            if container is None:
-                resampled = annotated.append_cells(X, new, self.layer)
+            if annotation is not None:
+                resampled, note = annotation.append(new, columns={})
+                if note:
+                    warnings.warn(note, UserWarning, stacklevel=2)
                 y_resampled = ArraysTransformer(y, y).transform(y_resampled, y_resampled)[1]
                 if hasattr(y_resampled, "iloc"):
-                    y_resampled.index = resampled.obs_names
+                    y_resampled.index = annotation.names_of(resampled)
                 return resampled, y_resampled
             new = _hold_to_columns(new, getattr(X, "dtypes", ()))
             if one_vs_all:
@@ -329,7 +344,7 @@ class CFGenSampler(BaseOverSampler):
         *,
         donor: ArrayLike | None = None,
         batch: ArrayLike | None = None,
-    ) -> tuple[CellMatrix, NDArray]:
+    ) -> tuple[Cells, NDArray]:
         """Generate the cells that `fit_resample` would add, and only those.
 
         Parameters
@@ -339,15 +354,15 @@ class CFGenSampler(BaseOverSampler):
 
         Returns
         -------
-        cells : CSR matrix or ndarray of shape (n_new, n_features)
-            Generated cells.
+        cells : CSR matrix or ndarray of shape (n_new, n_features), or a dict of them
+            Generated cells; of several modalities by name.
         labels : ndarray of shape (n_new,)
             Their labels.
         """
         self._validate_params()
-        cells, labels, _ = self._check_X_y(X, y)
+        cells, labels, _ = self._check_X_y(X, y, self._adapted(X))
         blocks, new_labels = self._synthesise(cells, labels, donor=donor, batch=batch)
-        return stack_rows(list(blocks)), new_labels
+        return stack(list(blocks)), new_labels
 
     def synthesise_blocks(
         self,
@@ -357,7 +372,7 @@ class CFGenSampler(BaseOverSampler):
         donor: ArrayLike | None = None,
         batch: ArrayLike | None = None,
         share: tuple[int, int] = (0, 1),
-    ) -> tuple[Iterator[CellMatrix], NDArray]:
+    ) -> tuple[Iterator[Cells], NDArray]:
         """Train, and leave the cells of `synthesise` to be generated block by block.
 
         Parameters
@@ -369,13 +384,13 @@ class CFGenSampler(BaseOverSampler):
 
         Returns
         -------
-        blocks : iterator of CSR matrices or ndarrays of shape (n_block, n_features)
+        blocks : iterator of CSR matrices or ndarrays of shape (n_block, n_features), or of dicts
             Generated cells; see `CFGen.generate_blocks`.
         labels : ndarray of shape (n_new,)
             Labels of the cells of all shares.
         """
         self._validate_params()
-        cells, labels, _ = self._check_X_y(X, y)
+        cells, labels, _ = self._check_X_y(X, y, self._adapted(X))
         return self._synthesise(cells, labels, donor=donor, batch=batch, share=share)
 
     def _processes(self) -> Processes:
@@ -384,20 +399,23 @@ class CFGenSampler(BaseOverSampler):
     def _own_device(self) -> str:
         return self._processes().own_device(self.device)
 
+    def _adapted(self, X: Any) -> Container | None:
+        """Annotated cells as such; None for arrays."""
+        return adapt(X, self.layer, self.modalities)
+
     def _synthesise(
         self,
-        cells: CellMatrix,
+        cells: Any,
         labels: NDArray,
         share: tuple[int, int] = (0, 1),
         **per_cell: ArrayLike | None,
-    ) -> tuple[Iterator[CellMatrix], NDArray]:
+    ) -> tuple[Iterator[Cells], NDArray]:
         model, matrix, covariates = self._plan(cells, labels, **per_cell)
         self.random_seed_ = self._processes().agree(entropy(self.random_state))
         for_draw, for_fit, for_generate = np.random.SeedSequence(self.random_seed_).spawn(3)
         if not _is_fitted(model):
             model.random_state = int(for_fit.generate_state(1)[0])
-            names = getattr(self, "feature_names_in_", None)
-            model.fit(matrix, labels, covariates=covariates, feature_names=names)
+            model.fit(matrix, labels, covariates=covariates, feature_names=self._feature_names)
         self.generator_ = model
         new_labels = np.repeat(
             np.array(list(self.sampling_strategy_), dtype=labels.dtype),
@@ -424,7 +442,9 @@ class CFGenSampler(BaseOverSampler):
         # a strategy that imbalanced-learn would resolve, and AnnData not a type it would check.
         return self.fit_resample(X, y, **params)
 
-    def _check_X_y(self, X: Any, y: Any) -> tuple[CellMatrix, NDArray, bool]:
+    def _check_X_y(
+        self, X: Any, y: Any, annotation: Container | None = None
+    ) -> tuple[Any, NDArray, bool]:
         """Cells and labels as arrays, and whether the labels came one-versus-all."""
         if getattr(getattr(X, "dtype", None), "kind", None) == "c":
             raise ValueError(
@@ -432,13 +452,14 @@ class CFGenSampler(BaseOverSampler):
                 "X.real if the imaginary part is empty."
             )
         if np.ndim(y) == 1 or np.shape(y)[1:] == (1,):
-            check_attribute(y, "y", _n_cells(X))
+            check_attribute(y, "y", _n_cells(X) if annotation is None else annotation.n_cells)
         check_classification_targets(y)
-        if annotated.is_anndata(X):
+        if annotation is not None:
             labels, one_vs_all = check_target_type(y, indicate_one_vs_all=True)
-            cells = annotated.counts(X, self.layer)
-            self.n_features_in_ = X.n_vars
-            self.feature_names_in_ = np.asarray(X.var_names, dtype=object)
+            cells = annotation.cells()
+            names: Any = annotation.feature_names()
+            self._feature_names, self.feature_names_in_ = names, _flat(names)
+            self.n_features_in_ = len(self.feature_names_in_)
         else:
             if self.layer is not None:
                 raise ValueError(
@@ -446,6 +467,7 @@ class CFGenSampler(BaseOverSampler):
                     f"{type(X).__name__}. Pass AnnData, or leave layer at None."
                 )
             cells, labels, one_vs_all = super()._check_X_y(X, y)
+            self._feature_names = getattr(self, "feature_names_in_", None)
         labels = np.asarray(labels)
         if len(np.unique(labels)) < 2:
             raise ValueError(
@@ -455,8 +477,8 @@ class CFGenSampler(BaseOverSampler):
         return cells, labels, one_vs_all
 
     def _plan(
-        self, cells: CellMatrix, labels: NDArray, **per_cell: ArrayLike | None
-    ) -> tuple[CFGen, CellMatrix, dict[str, NDArray]]:
+        self, cells: Any, labels: NDArray, **per_cell: ArrayLike | None
+    ) -> tuple[CFGen, Any, dict[str, NDArray]]:
         """The model to train or to use, cells and covariates checked for it; sets the strategy.
 
         What is wrong with parameters and cells comes out here, before any training.
@@ -469,22 +491,28 @@ class CFGenSampler(BaseOverSampler):
         model = self._configured_generator()
         check_parameters(model.__dict__)
         check_solver(model.solver)
-        matrix = check_cells(cells, value_kind(model.likelihood), n_min=2)
         if _is_fitted(model):
             self._check_features(model)
-            model.dtype_ = matrix.dtype
+            layout, matrices = model.modalities_, check_like(model.modalities_, cells, n_min=2)
+            model.dtype_ = by_name(layout, [matrix.dtype for matrix in matrices])
+        else:
+            layout, matrices = lay_out(cells, model.likelihood, n_min=2)
         attributes = (
             model.attributes_ if _is_fitted(model) else Attributes({LABEL: labels, **covariates})
         )
         attributes.terms(model.guidance, ())  # a wrong name must not wait until after training
         self.sampling_strategy_ = self._allocation(labels)
-        return model, matrix, covariates
+        return model, by_name(layout, matrices), covariates
 
     def _check_features(self, model: CFGen) -> None:
         """Check that a fitted model is one of these features."""
-        names = getattr(self, "feature_names_in_", None)
-        if names is not None and model.feature_names_ is not None:
-            check_feature_names(names, model.feature_names_)  # says which, where names are known
+        if self._feature_names is not None and model.feature_names_ is not None:
+            found, known = (
+                each(model.modalities_, names, "generator")
+                for names in (self._feature_names, model.feature_names_)
+            )
+            for own, expected in zip(found, known, strict=True):
+                check_feature_names(own, expected)  # says which, where names are known
         if model.n_features_in_ != self.n_features_in_:
             raise ValueError(
                 f"generator: expected data with its {model.n_features_in_:,} features; got "
@@ -617,6 +645,14 @@ def _hold_to_columns(new: CellMatrix, dtypes: Any) -> CellMatrix:
         )
         np.minimum(values, limit, out=values, casting="unsafe")
     return new
+
+
+def _flat(names: NDArray | Mapping[str, NDArray]) -> NDArray:
+    """Names of features as one array, by modality if there are several."""
+    if not isinstance(names, Mapping):
+        return names
+    flat = [f"{modality}:{name}" for modality, own in names.items() for name in own]
+    return np.array(flat, dtype=object)
 
 
 def _n_cells(X: Any) -> int:

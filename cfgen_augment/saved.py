@@ -16,9 +16,10 @@ from torch import Tensor
 
 from cfgen_augment import checkpoint
 from cfgen_augment.attributes import Attributes
+from cfgen_augment.modalities import Modality, by_name, each
 from cfgen_augment.network import Network
 from cfgen_augment.parameters import RandomState
-from cfgen_augment.size_factors import LogNormalSizeFactor
+from cfgen_augment.size_factors import SizeFactors
 from cfgen_augment.training import History, resolve_device
 
 
@@ -31,10 +32,10 @@ class SavedModel:
 
     random_state: RandomState
     attributes_: Attributes
-    n_features_in_: int
-    feature_names_: NDArray | None
-    dtype_: np.dtype
-    size_factor_: LogNormalSizeFactor
+    modalities_: tuple[Modality, ...]
+    feature_names_: NDArray | dict[str, NDArray] | None
+    dtype_: np.dtype | dict[str, np.dtype]
+    size_factor_: SizeFactors
     label_counts_: NDArray[np.int64]
     history_: dict[str, History]
     network_: Network
@@ -54,6 +55,11 @@ class SavedModel:
             and value != defaults[name].default
         }
         return f"CFGen({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
+
+    @property
+    def n_features_in_(self) -> int:
+        """Number of features, of all modalities together."""
+        return sum(modality.n_features for modality in self.modalities_)
 
     @property
     def device_(self) -> torch.device:
@@ -84,11 +90,14 @@ class SavedModel:
             model.
         """
         self._check_fitted()
+        names = None
+        if self.feature_names_ is not None:
+            names = each(self.modalities_, self.feature_names_, "feature_names_")
         fitted = {
             "attributes": self.attributes_.to_json(),
-            "n_features": self.n_features_in_,
-            "feature_names": None if self.feature_names_ is None else self.feature_names_.tolist(),
-            "dtype": self.dtype_.str,
+            "modalities": [asdict(modality) for modality in self.modalities_],
+            "feature_names": None if names is None else [own.tolist() for own in names],
+            "dtypes": [dtype.str for dtype in each(self.modalities_, self.dtype_, "dtype_")],
             "size_factor": self.size_factor_.to_json(),
             "label_counts": self.label_counts_.tolist(),
             "history": {name: asdict(history) for name, history in self.history_.items()},
@@ -135,11 +144,13 @@ class SavedModel:
 
     def _restore(self, fitted: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.attributes_ = Attributes.from_json(fitted["attributes"])
-        self.n_features_in_ = int(fitted["n_features"])
+        self.modalities_ = tuple(Modality(**entry) for entry in fitted["modalities"])
         names = fitted["feature_names"]
-        self.feature_names_ = None if names is None else np.array(names, dtype=str)
-        self.dtype_ = np.dtype(fitted["dtype"])
-        self.size_factor_ = LogNormalSizeFactor.from_json(fitted["size_factor"])
+        if names is not None:
+            names = by_name(self.modalities_, [np.array(own, dtype=str) for own in names])
+        self.feature_names_ = names
+        self.dtype_ = by_name(self.modalities_, [np.dtype(own) for own in fitted["dtypes"]])
+        self.size_factor_ = SizeFactors.from_json(fitted["size_factor"])
         self.label_counts_ = np.array(fitted["label_counts"])
         self.history_ = {name: History(**entry) for name, entry in fitted["history"].items()}
         self._restore_network(tensors)

@@ -7,7 +7,8 @@ likelihood. Groups with enough cells get a shift `s_g` of their own (the three-p
 log-normal): real depths are skewed on the log scale, some types to the left, some to the right,
 and without it the spread of deep types comes out too wide. Small groups have no shift and are
 shrunk towards the fit shared by all cells (empirical Bayes), so a group of a single cell still
-has a sane mean and spread. Draws stay within the range of totals seen.
+has a sane mean and spread. Draws stay within the range of totals seen. The size factors of several
+modalities of a cell are drawn together.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ _SHIFTS_DOWN = (0.9, 0.8, 0.6, 0.4, 0.2)
 _SHIFTS_UP = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 _GAIN = 3.0  # nats; by chance a needless shift gains more in one group of seventy (chi-squared)
+
+_TINY = 1e-12
 
 # A group's variance and range count as if this many cells from everywhere had been added.
 _PRIOR_CELLS = 5.0
@@ -98,27 +101,27 @@ class LogNormalSizeFactor:
             share=size / size.sum(),
         )
 
-    def sample(
-        self, groups: NDArray[np.integer], random: np.random.Generator
-    ) -> NDArray[np.float64]:
-        """Draw a total for every cell, shape ``(len(groups),)``.
-
-        A group code of -1 stands for a cell whose group is not given: it gets one at random, as
-        common as in training.
-        """
-        unknown = groups < 0
-        groups = groups.copy()
-        groups[unknown] = random.choice(len(self.share), size=unknown.sum(), p=self.share)
-        mean, scale = self.mean[groups], np.maximum(self.scale[groups], 1e-12)
+    def quantile(self, groups: NDArray[np.integer], u: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The totals below which a share `u` of a cell's group lies, each ``(n_cells,)``."""
+        mean, scale = self.mean[groups], np.maximum(self.scale[groups], _TINY)
         shift = self.shift[groups]
         least, most = np.exp(self.lowest[groups]), np.exp(self.highest[groups])
         # Inverse distribution function of the truncated normal.
         low = stats.norm.cdf((np.log(least + shift) - mean) / scale)
         high = stats.norm.cdf((np.log(most + shift) - mean) / scale)
-        u = low + (high - low) * random.random(len(groups))
-        drawn = np.exp(mean + scale * stats.norm.ppf(u)) - shift
+        drawn = np.exp(mean + scale * stats.norm.ppf(low + (high - low) * u)) - shift
         totals: NDArray[np.float64] = np.clip(drawn, least, most)
         return totals
+
+    def scores(
+        self, totals: NDArray[np.float64], groups: NDArray[np.integer]
+    ) -> NDArray[np.float64]:
+        """Standard normal scores of cells within their groups, ``(n_cells,)``."""
+        shifted = np.log(totals + self.shift[groups])
+        scores: NDArray[np.float64] = (shifted - self.mean[groups]) / np.maximum(
+            self.scale[groups], _TINY
+        )
+        return scores
 
     def scaled(self, totals: NDArray[np.float64]) -> NDArray[np.float64]:
         """Log totals with the range seen in training mapped to [0, 1]."""
@@ -134,6 +137,82 @@ class LogNormalSizeFactor:
     def from_json(cls, document: dict[str, Any]) -> LogNormalSizeFactor:
         """Read what `to_json` made."""
         return cls(**{name: np.array(values, dtype=float) for name, values in document.items()})
+
+
+@dataclass(frozen=True)
+class SizeFactors:
+    """The joint distribution of a cell's size factors, one per modality that has one.
+
+    Each is log-normal by itself. Deep cells are deep in every modality, so their normal scores
+    within a group are correlated (a Gaussian copula), by one matrix for all groups: that of small
+    groups could not be told.
+
+    Attributes
+    ----------
+    margins
+        The distribution of each size factor.
+    correlation
+        Of the normal scores, ``(n_sizes, n_sizes)``.
+    """
+
+    margins: tuple[LogNormalSizeFactor, ...]
+    correlation: NDArray[np.float64]
+
+    @classmethod
+    def fit(
+        cls, totals: NDArray[np.float64], groups: NDArray[np.integer], n_groups: int
+    ) -> SizeFactors:
+        """Fit to totals ``(n_cells, n_sizes)``; see `LogNormalSizeFactor.fit`."""
+        margins = tuple(LogNormalSizeFactor.fit(own, groups, n_groups) for own in totals.T)
+        n_cells, n_sizes = totals.shape
+        products = np.eye(n_sizes)
+        if n_sizes > 1:
+            pairs = zip(margins, totals.T, strict=True)
+            scores = np.column_stack([margin.scores(own, groups) for margin, own in pairs])
+            products = scores.T @ scores
+        norms = np.sqrt(np.maximum(np.diag(products), _TINY))
+        # From few cells no two are perfectly correlated.
+        correlation = products / np.outer(norms, norms) * (n_cells / (n_cells + _PRIOR_CELLS))
+        np.fill_diagonal(correlation, 1.0)
+        return cls(margins, correlation)
+
+    def sample(
+        self, groups: NDArray[np.integer], random: np.random.Generator
+    ) -> NDArray[np.float64]:
+        """Draw the totals of every cell, shape ``(len(groups), n_sizes)``.
+
+        A group code of -1 stands for a cell whose group is not given: it gets one at random, as
+        common as in training.
+        """
+        unknown = groups < 0
+        groups = groups.copy()
+        share = self.margins[0].share
+        groups[unknown] = random.choice(len(share), size=unknown.sum(), p=share)
+        u = random.random((len(groups), len(self.margins)))
+        if len(self.margins) > 1:
+            independent = stats.norm.ppf(np.maximum(u, np.finfo(float).tiny))
+            u = stats.norm.cdf(independent @ np.linalg.cholesky(self.correlation).T)
+        drawn = [margin.quantile(groups, u[:, k]) for k, margin in enumerate(self.margins)]
+        return np.column_stack(drawn)
+
+    def scaled(self, totals: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Log totals ``(n_cells, n_sizes)``, the range seen in training mapped to [0, 1]."""
+        scaled = np.empty(totals.shape)
+        for k, margin in enumerate(self.margins):
+            scaled[:, k] = margin.scaled(totals[:, k])
+        return scaled
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists, read back by `from_json`."""
+        margins = [margin.to_json() for margin in self.margins]
+        return {"margins": margins, "correlation": self.correlation.tolist()}
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> SizeFactors:
+        """Read what `to_json` made."""
+        margins = tuple(LogNormalSizeFactor.from_json(entry) for entry in document["margins"])
+        n = len(margins)
+        return cls(margins, np.array(document["correlation"], dtype=float).reshape(n, n))
 
 
 def _between(means: NDArray[np.float64], errors: NDArray[np.float64]) -> tuple[float, float]:

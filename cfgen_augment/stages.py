@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from cfgen_augment.flow import VelocityField, drop_attributes, flow_matching_los
 from cfgen_augment.likelihoods import NegativeBinomial
 from cfgen_augment.minibatch import supply
 from cfgen_augment.processes import ALONE, Processes
-from cfgen_augment.stored import buffers, in_order, keep
+from cfgen_augment.stored import buffers, keep, side_by_side
 from cfgen_augment.training import History, Schedule, initialise, minibatches, seeded, train
 
 _BLOCK_VALUES = 1 << 20  # dense entries that exist at a time outside of training
@@ -39,8 +40,8 @@ def block_rows(n_features: int) -> int:
 
 
 def autoencoder_optimizer(model: Autoencoder, learning_rate: float) -> torch.optim.AdamW:
-    """AdamW over the network, and faster over the noise model's own parameters."""
-    own = list(model.likelihood.parameters())
+    """AdamW over the network, and faster over the noise models' own parameters."""
+    own = [parameter for noise in model.likelihoods for parameter in noise.parameters()]
     network = [p for p in model.parameters() if all(p is not other for other in own)]
     parameters: list[dict[str, Any]] = [{"params": network, "lr": learning_rate}]
     if own:
@@ -53,7 +54,7 @@ def autoencoder_optimizer(model: Autoencoder, learning_rate: float) -> torch.opt
 
 def train_autoencoder(
     model: Autoencoder,
-    X: CellMatrix,
+    X: Sequence[CellMatrix],
     labels: NDArray[np.int64],
     totals: NDArray[np.float64],
     *,
@@ -74,12 +75,14 @@ def train_autoencoder(
     model
         Laid out on the CPU, weights not yet set.
     X
-        Cells, ``(n_cells, n_features)``.
+        Cells, per modality ``(n_cells, n_features)``.
     labels, totals
-        Code of the label and total count of every cell, ``(n_cells,)``.
+        Code of every cell's label, ``(n_cells,)``, and its total count in every modality that
+        has a size factor, ``(n_cells, n_sizes)``.
     count_splitting
-        Whether counts are dealt out to encoder and likelihood, see `Minibatch.split`. Several
-        processes split their own cells, so that they do not train quite as one would.
+        Whether counts are dealt out to encoder and likelihood, see `Minibatch.split`, in every
+        modality that holds counts. Several processes split their own cells, so that they do not
+        train quite as one would.
     label_weight
         Weight of telling labels apart, see `Autoencoder.loss`.
     rows, held_out
@@ -92,28 +95,31 @@ def train_autoencoder(
         Those that train together: each minibatch is shared out among them.
     """
     initialise(model, seeded(random, torch.device("cpu")))
-    mean, variance = feature_moments(X)
-    bias = model.likelihood.initialise(mean, variance, totals)
-    with torch.no_grad():
-        model.output_bias.copy_(bias)
+    columns = iter(totals.T)
+    for own, matrix, bias in zip(model.likelihoods, X, model.output_biases, strict=True):
+        depth = next(columns) if own.uses_size_factor else np.ones(len(totals))
+        with torch.no_grad():
+            bias.copy_(own.initialise(*feature_moments(matrix), depth))
     model.to(device)
     held_here = held_out[processes.share(len(held_out))]
-    X = keep(X, held_here)
-    cells = supply(X, model.likelihood.values, device)
-    log_totals = torch.as_tensor(np.log(totals), dtype=torch.float32, device=device)[:, None]
+    X = [keep(matrix, held_here) for matrix in X]
+    kinds = [likelihood.values for likelihood in model.likelihoods]
+    supplies = [supply(matrix, kind, device) for matrix, kind in zip(X, kinds, strict=True)]
+    log_totals = torch.as_tensor(np.log(totals), dtype=torch.float32, device=device)
     label_codes = torch.as_tensor(labels, device=device)
-    splits = count_splitting and model.likelihood.values == "count"
+    split = [i for i, kind in enumerate(kinds) if count_splitting and kind == "count"]
     # Cells of different processes are not split alike.
     training_seed, validation_seed = (int(seed) for seed in random.integers(2**62, size=2))
     draws = torch.Generator(device).manual_seed(training_seed + processes.rank)
 
     def mean_loss(rows: NDArray[np.intp], generator: torch.Generator) -> Tensor:
         at = torch.from_numpy(rows).to(device, non_blocking=True)
-        x, size, seen = cells(rows), log_totals[at], None
-        if splits:
-            seen, x = x.split(generator)
-            size = x.log_totals()
-        return model.loss(x, size, label_codes[at], seen=seen, label_weight=label_weight)
+        x = [cells(rows) for cells in supplies]
+        seen, log_sizes = list(x), model.log_sizes(log_totals[at])
+        for i in split:
+            seen[i], x[i] = x[i].split(generator)
+            log_sizes[i] = x[i].log_totals()
+        return model.loss(x, log_sizes, label_codes[at], seen=seen, label_weight=label_weight)
 
     def loss(batch: NDArray[np.intp]) -> Tensor:
         here = batch[processes.share(len(batch))]
@@ -123,7 +129,7 @@ def train_autoencoder(
         # The same splits in every epoch.
         generator = torch.Generator(device).manual_seed(validation_seed + processes.rank)
         total = torch.zeros((), device=device)
-        parts = minibatches(held_here, block_rows(X.shape[1])) if len(held_here) else ()
+        parts = minibatches(held_here, block_rows(model.n_features)) if len(held_here) else ()
         for part in parts:
             total += mean_loss(part, generator) * len(part)
         return float(processes.sum(total)) / len(held_out)
@@ -139,7 +145,7 @@ def train_autoencoder(
             random=random,
             description="autoencoder",
             verbose=verbose,
-            groups=partial(buffers, X),
+            groups=partial(buffers, X[0], beside=X[1:]),
             processes=processes,
         )
 
@@ -147,48 +153,67 @@ def train_autoencoder(
 @torch.inference_mode()
 def match_dispersion(
     model: Autoencoder,
-    X: CellMatrix,
+    X: Sequence[CellMatrix],
     labels: NDArray[np.int64],
     totals: NDArray[np.float64],
     device: torch.device,
     processes: Processes = ALONE,
 ) -> None:
-    """Set the noise model's dispersion by the second moments of cells within labels.
+    """Set the noise models' dispersion by the second moments of cells within labels.
 
     See `NegativeBinomial.match_variance`; accumulates block by block. Other noise models have no
     dispersion to set.
     """
-    if not isinstance(model.likelihood, NegativeBinomial):
+    dispersed = {
+        i: likelihood
+        for i, likelihood in enumerate(model.likelihoods)
+        if isinstance(likelihood, NegativeBinomial)
+    }
+    if not dispersed:
         return
     n_labels = int(labels.max()) + 1
-    sums = np.zeros((4, n_labels, X.shape[1]))  # of x, x^2, mu, mu^2
-    for rows, block in in_order(X, block_rows(X.shape[1]), processes.share(X.shape[0])):
-        x = dense_rows(block, slice(None))
+    # Of x, x^2, mu, mu^2.
+    sums = {i: np.zeros((4, n_labels, model.widths[i])) for i in dispersed}
+    share = processes.share(len(labels))
+    for rows, blocks in side_by_side(X, block_rows(model.n_features), share):
+        x = [dense_rows(block, slice(None)) for block in blocks]
         log_size = torch.as_tensor(np.log(totals[rows]), dtype=torch.float32, device=device)
-        latents = model.encode(torch.from_numpy(x).to(device))
-        mu = model.decode(latents, log_size[:, None]).exp().cpu().numpy()
+        latents = model.encode([torch.from_numpy(own).to(device) for own in x])
         membership = sparse.csr_matrix(
-            (np.ones(len(x)), (labels[rows], np.arange(len(x)))), shape=(n_labels, len(x))
+            (np.ones(len(latents)), (labels[rows], np.arange(len(latents)))),
+            shape=(n_labels, len(latents)),
         )
-        for total, values in zip(sums, (x, np.square(x), mu, np.square(mu)), strict=True):
-            total += membership @ values
-    sums = processes.sum(torch.from_numpy(sums).to(device)).cpu().numpy()
+        for i, size in enumerate(model.log_sizes(log_size)):
+            if i not in dispersed:
+                continue
+            output = model.decoders[i](latents)
+            mu = dispersed[i].natural(output, size).exp().cpu().numpy()
+            sums[i][0] += membership @ x[i]
+            sums[i][1] += membership @ np.square(x[i])
+            sums[i][2] += membership @ mu
+            sums[i][3] += membership @ np.square(mu)
     cells = np.bincount(labels, minlength=n_labels).astype(np.float64)
-    x, x_square, mu, mu_square = sums
-    within_x = x_square - x**2 / cells[:, None]
-    within_mu = mu_square - mu**2 / cells[:, None]
-    model.likelihood.match_variance(cells, within_x - within_mu - mu, mu_square)
+    for i, likelihood in dispersed.items():
+        summed = processes.sum(torch.from_numpy(sums[i]).to(device)).cpu().numpy()
+        sum_x, x_square, sum_mu, mu_square = summed
+        within_x = x_square - sum_x**2 / cells[:, None]
+        within_mu = mu_square - sum_mu**2 / cells[:, None]
+        likelihood.match_variance(cells, within_x - within_mu - sum_mu, mu_square)
 
 
 @torch.inference_mode()
 def encode_cells(
-    model: Autoencoder, X: CellMatrix, device: torch.device, processes: Processes = ALONE
+    model: Autoencoder,
+    X: Sequence[CellMatrix],
+    device: torch.device,
+    processes: Processes = ALONE,
 ) -> Tensor:
     """Latents of all cells, ``(n_cells, n_latent)``, block by block; each process its share."""
-    n_latent: int = model.encoder[-1].out_features  # type: ignore[assignment]
-    latents = torch.zeros((X.shape[0], n_latent), device=device)
-    for rows, block in in_order(X, block_rows(X.shape[1]), processes.share(X.shape[0])):
-        latents[rows] = model.encode(torch.from_numpy(dense_rows(block, slice(None))).to(device))
+    n_cells = X[0].shape[0]
+    latents = torch.zeros((n_cells, model.n_latent), device=device)
+    for rows, blocks in side_by_side(X, block_rows(model.n_features), processes.share(n_cells)):
+        x = [torch.from_numpy(dense_rows(block, slice(None))).to(device) for block in blocks]
+        latents[rows] = model.encode(x)
     return processes.sum(latents)  # what others encoded is zero here
 
 
@@ -215,7 +240,7 @@ def train_flow(
     latents, attributes, log_size
         Standardised latents ``(n_cells, n_latent)``, category codes
         ``(n_cells, n_attributes)``, the label first, and scaled log size factors
-        ``(n_cells, 1)`` or None.
+        ``(n_cells, n_sizes)`` or None.
     dropout
         Share of cells that see no attribute.
     rows, held_out, schedule, random, verbose, processes

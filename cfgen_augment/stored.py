@@ -163,9 +163,9 @@ class StoredCells:
         if not len(wanted):
             return self.read(0, 0)
         runs = np.split(wanted, np.flatnonzero(np.diff(wanted) > _GAP) + 1)
-        return self._load(runs).cells[back]
+        return self.load(runs).cells[back]
 
-    def _load(self, runs: Sequence[NDArray[np.intp]]) -> _Held:
+    def load(self, runs: Sequence[NDArray[np.intp]]) -> _Held:
         """Rows in ascending runs, each of them read in one go."""
         parts = []
         for run in runs:
@@ -190,38 +190,23 @@ class StoredCells:
                 whole = stop - start == block.shape[0]
                 yield slice(begin + start, begin + stop), block if whole else block[start:stop]
 
-    def buffers(
-        self, rows: NDArray[np.intp], random: np.random.Generator
-    ) -> Iterator[NDArray[np.intp]]:
-        """Training rows, a buffer at a time; see the function `buffers`."""
-        # No run, and so no buffer, has a single row: batch norm could not train on one.
-        most = max(len(rows) // 2, 1)
-        n_buffers = min(math.ceil(len(rows) / self._buffer_rows), most)
-        n_runs = max(len(rows) // self._run_rows, n_buffers)
-        runs = np.array_split(rows, n_runs)
-        if n_buffers == 1:
-            # What fits is read once and shuffled as a whole: exactly what memory gives.
-            if self._buffer is None or not np.array_equal(self._buffer.rows, rows):
-                self._buffer = self._load(runs)
-            yield rows
-            return
-        groups = np.array_split(random.permutation(n_runs), n_buffers)
-        loads = (partial(self._load, [runs[i] for i in np.sort(group)]) for group in groups)
-        for self._buffer in read_ahead(loads):
-            yield self._buffer.rows
-        self._buffer = None
-
     @property
     def _buffer_rows(self) -> int:
         return max(rows_with(self, _BUFFER_VALUES), 2)
 
     @property
-    def _run_rows(self) -> int:
-        """Consecutive rows to read at a time in shuffled reading."""
+    def chunk_rows(self) -> int:
+        """Rows that are unpacked together, where the file is cut into chunks."""
         chunks = getattr(self._values, "chunks", None) or (1,)
-        per_chunk = chunks[0] if self.indptr is None else rows_with(self, chunks[0])
-        wanted = max(_CHUNK_ROWS, _FILE_CHUNKS * per_chunk)
-        return max(min(wanted, self._buffer_rows // _RUNS_PER_BUFFER), 2)
+        return chunks[0] if self.indptr is None else rows_with(self, chunks[0])
+
+    def hold(self, cells: _Held | None) -> None:
+        """Answer for the rows of `cells` from memory until others are held."""
+        self._buffer = cells
+
+    def holds(self, rows: NDArray[np.intp]) -> bool:
+        """Whether `rows` are those that are held."""
+        return self._buffer is not None and np.array_equal(self._buffer.rows, rows)
 
     def keeping(self, rows: NDArray[np.intp]) -> StoredCells:
         """The same cells, with `rows` (ascending) in memory; see the function `keep`."""
@@ -262,8 +247,11 @@ def as_stored(X: object) -> StoredCells | None:
 
 def rows_with(X: Any, n_values: int) -> int:
     """Rows that store some `n_values` values, on average; at least one."""
-    n_stored = X.size if isinstance(X, np.ndarray) else X.nnz
-    return max(int(n_values * X.shape[0] / max(n_stored, X.shape[0], 1)), 1)
+    return _rows_with(X.shape[0], X.size if isinstance(X, np.ndarray) else X.nnz, n_values)
+
+
+def _rows_with(n_rows: int, n_stored: int, n_values: int) -> int:
+    return max(int(n_values * n_rows / max(n_stored, n_rows, 1)), 1)
 
 
 def in_order(
@@ -283,6 +271,15 @@ def in_order(
         yield rows, X[rows]
 
 
+def side_by_side(
+    matrices: Sequence[Any], n_rows: int | None = None, among: slice = slice(None)
+) -> Iterator[tuple[slice, list[Any]]]:
+    """As `in_order`, of several matrices of the same cells."""
+    n_rows = min(rows_with(X, _BUFFER_VALUES) for X in matrices) if n_rows is None else n_rows
+    for parts in zip(*(in_order(X, n_rows, among) for X in matrices), strict=True):
+        yield parts[0][0], [block for _, block in parts]
+
+
 def take(X: Any, rows: NDArray[np.intp]) -> Any:
     """The cells `rows` (ascending), in memory.
 
@@ -297,19 +294,54 @@ def take(X: Any, rows: NDArray[np.intp]) -> Any:
 
 
 def buffers(
-    X: Any, rows: NDArray[np.intp], random: np.random.Generator
+    X: Any, rows: NDArray[np.intp], random: np.random.Generator, beside: Sequence[Any] = ()
 ) -> Iterator[NDArray[np.intp]]:
     """Training rows for one epoch, as groups to be shuffled and cut into minibatches one by one.
 
     Of a matrix in memory, all `rows` (ascending) at once. Of one on disk, runs of consecutive
     rows are read in random order, several into a buffer, and each buffer is a group; the next one
     is read while the present one is trained on. Every row comes once, and no group has a single
-    row. While a group is worked on, ``X[rows]`` of its rows does not touch the disk.
+    row. While a group is worked on, ``X[rows]`` of its rows does not touch the disk. The same
+    holds for further matrices of the same cells, those `beside`.
     """
-    if isinstance(X, StoredCells):
-        yield from X.buffers(rows, random)
+    stored = [matrix for matrix in (X, *beside) if isinstance(matrix, StoredCells)]
+    if stored:
+        yield from _read_buffers(stored, rows, random)
     else:
         yield rows
+
+
+def _read_buffers(
+    stored: Sequence[StoredCells], rows: NDArray[np.intp], random: np.random.Generator
+) -> Iterator[NDArray[np.intp]]:
+    n_stored = sum(X.nnz for X in stored)
+    buffer_rows = max(_rows_with(stored[0].shape[0], n_stored, _BUFFER_VALUES), 2)
+    run_rows = max(_CHUNK_ROWS, _FILE_CHUNKS * max(X.chunk_rows for X in stored))
+    run_rows = max(min(run_rows, buffer_rows // _RUNS_PER_BUFFER), 2)
+    # No run, and so no buffer, has a single row: batch norm could not train on one.
+    most = max(len(rows) // 2, 1)
+    n_buffers = min(math.ceil(len(rows) / buffer_rows), most)
+    n_runs = max(len(rows) // run_rows, n_buffers)
+    runs = np.array_split(rows, n_runs)
+    if n_buffers == 1:
+        # What fits is read once and shuffled as a whole: exactly what memory gives.
+        for X in stored:
+            if not X.holds(rows):
+                X.hold(X.load(runs))
+        yield rows
+        return
+
+    def load(wanted: Sequence[NDArray[np.intp]]) -> list[_Held]:
+        return [X.load(wanted) for X in stored]
+
+    groups = np.array_split(random.permutation(n_runs), n_buffers)
+    loads = (partial(load, [runs[i] for i in np.sort(group)]) for group in groups)
+    for loaded in read_ahead(loads):
+        for X, held in zip(stored, loaded, strict=True):
+            X.hold(held)
+        yield loaded[0].rows
+    for X in stored:
+        X.hold(None)
 
 
 def keep(X: Any, rows: NDArray[np.intp]) -> Any:

@@ -13,7 +13,7 @@ import torch
 from conftest import simulate
 from torch import nn
 
-from cfgen_augment import CFGen, augment_file, files, stored
+from cfgen_augment import CFGen, augment_file, files, stored, writing
 from cfgen_augment.processes import Processes, launched
 
 CELLS = simulate({"B": 80, "NK": 12, "T": 58})
@@ -96,14 +96,14 @@ def augmented(folder: Path, name: str, container: str, distributed: bool) -> lis
 def failing_shard(together: Processes, folder: Path) -> str:
     """Write a file while the second process cannot write its share."""
     output = folder / "never.h5ad"
-    write_shard = files.write_shard
+    write_shard = writing.write_shard
 
     def full_disk(path, blocks):
         write_shard(path, blocks)
         if together.rank == 1:
             raise OSError("disk full")
 
-    files.write_shard = full_disk
+    writing.write_shard = full_disk
     augmented = failure(
         partial(
             augment_file,
@@ -113,7 +113,7 @@ def failing_shard(together: Processes, folder: Path) -> str:
             distributed=True,
         )
     )
-    files.write_shard = write_shard
+    writing.write_shard = write_shard
     assert not output.exists()
     return augmented
 

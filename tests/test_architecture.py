@@ -17,7 +17,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 # From the foundations up: a room imports from rooms to its left only.
 ORDER = [
     *("allocation", "stored", "counts", "attributes", "size_factors"),
-    *("minibatch", "nb_loss", "sweep", "draws", "likelihoods", "autoencoder"),
+    *("minibatch", "nb_loss", "sweep", "draws", "likelihoods", "modalities", "autoencoder"),
     *(
         "solver",
         "flow",
@@ -31,15 +31,16 @@ ORDER = [
         "generation",
         "model",
     ),
-    *("annotated", "sampler", "files", "augmentation"),
+    *("annotated", "containers", "multimodal", "sampler", "files", "writing", "augmentation"),
     *("measures", "pairs", "diagnosis", "plot", "report", "cli"),
 ]
 ADAPTERS = {
     "sklearn": {"sampler", "measures", "diagnosis"},
     "imblearn": {"sampler"},
-    "anndata": {"annotated", "files", "cli"},
-    "h5py": {"files"},
-    "zarr": {"files"},
+    "anndata": {"annotated", "files", "writing", "cli"},
+    "mudata": {"multimodal"},
+    "h5py": {"files", "writing"},
+    "zarr": {"files", "writing"},
     "pandas": {"annotated", "augmentation", "diagnosis"},
     "matplotlib": {"plot", "report"},
     "torchdyn": {"solver"},
@@ -115,7 +116,7 @@ def test_the_sampler_is_imported_without_what_only_some_need():
     loaded = set(run(code).split())
     assert "torch" in loaded
     assert not loaded & {
-        *("anndata", "torchdyn", "h5py", "numba", "lightning_fabric", "matplotlib"),
+        *("anndata", "mudata", "torchdyn", "h5py", "numba", "lightning_fabric", "matplotlib"),
     }
 
 

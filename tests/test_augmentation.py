@@ -493,7 +493,9 @@ def test_bad_input_is_refused_before_training(adata, monkeypatch, change, option
 
 @pytest.mark.parametrize("other", [None, np.ones((3, 2)), pd.DataFrame({"a": [1, 2]})])
 def test_anything_but_anndata_is_refused(other):
-    with pytest.raises(TypeError, match=r"expected AnnData; got .*use CFGenSampler"):
+    with pytest.raises(
+        TypeError, match=r"expected AnnData, MuData or a mapping.*; got .*use CFGenSampler"
+    ):
         augment(other, "cell_type")
 
 

@@ -104,14 +104,14 @@ def test_labels_survive_a_round_trip(cells, tmp_path, names):
 
 def test_configuration_records_what_was_fitted(saved, model):
     document = json.loads((saved / "config.json").read_text())
-    assert document["format"] == 2
+    assert document["format"] == 3
     assert document["versions"]["cfgen-augment"] == __version__
     assert document["versions"]["torch"] == str(torch.__version__)
     assert {"numpy", "scipy", "safetensors"} < set(document["versions"])
     fitted = document["fitted"]
     assert fitted["attributes"]["label"]["values"] == ["B", "NK", "T"]
     assert fitted["attributes"]["donor"]["values"] == ["d1", "d2", "d3"]
-    assert fitted["feature_names"] == [f"gene{i}" for i in range(40)]
+    assert fitted["feature_names"] == [[f"gene{i}" for i in range(40)]]
     assert document["parameters"]["n_latent"] == 4
     assert "device" not in document["parameters"]
     assert len(fitted["history"]["flow"]["training"]) == 1
@@ -182,7 +182,7 @@ DAMAGE = {
     "truncated weights": (_weights(lambda data: data[: len(data) // 2]), "truncated or belongs"),
     "empty weights": (_weights(lambda data: b""), "truncated or belongs"),
     "one bit": (_weights(_flip_last), "truncated or belongs"),
-    "truncated config": (_config('{"format": 2, "vers'), "it is damaged"),
+    "truncated config": (_config('{"format": 3, "vers'), "it is damaged"),
     "empty config": (_config(""), "it is damaged"),
     "binary config": (lambda d: (d / "config.json").write_bytes(b"\xff\x00"), "it is damaged"),
     "config is a list": (_config("[1, 2]"), "it is damaged"),
@@ -195,8 +195,12 @@ DAMAGE = {
     ),
     "checksum removed": (_edited(lambda d: d.pop("config_sha256"), forge=False), "was edited"),
     "newer format": (
-        _edited(lambda d: d.update(format=3)),
-        rf"expected format 2; got 3\. Load .*{__version__}",
+        _edited(lambda d: d.update(format=4)),
+        rf"expected format 3; got 4\. Load .*{__version__}",
+    ),
+    "format before modalities": (
+        _edited(lambda d: d.update(format=2)),
+        rf"expected format 3; got 2\. Load .*{__version__}",
     ),
     "format as text": (_edited(lambda d: d.update(format="2", versions=None)), "got '2'"),
     "forged width": (
@@ -204,7 +208,7 @@ DAMAGE = {
         "do not fit together",
     ),
     "forged likelihood": (
-        _edited(lambda d: d["parameters"].update(likelihood="poisson")),
+        _edited(lambda d: d["fitted"]["modalities"][0].update(likelihood="poisson")),
         "do not fit together",
     ),
     "forged parameter": (

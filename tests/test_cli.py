@@ -549,7 +549,7 @@ def test_device_is_refused_before_anything_is_read(run, device):
         ("absent/out.h5ad", "expected a directory that can be written to"),
         ("in.h5ad/out.h5ad", "expected a directory that can be written to"),
         ("/dev/null", "expected a file name; it is a directory or a device"),
-        ("out.loom", "expected a name that ends in .h5ad or .zarr"),
+        ("out.loom", "expected a name that ends in .h5ad, .h5mu or .zarr"),
         ("out", "it ends in ''. Rename the output"),
     ],
 )

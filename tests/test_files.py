@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from cfgen_augment import CFGen, augment, augment_file, files, stored
+from cfgen_augment import CFGen, augment, augment_file, files, stored, writing
 from cfgen_augment.stored import StoredCells, UnreadableError
 
 pytest.importorskip("zarr")
@@ -31,7 +31,7 @@ def small_blocks(monkeypatch):
     """Blocks of some 32 generated and ten real cells, and a write for every few of them."""
     monkeypatch.setattr("cfgen_augment.stages._BLOCK_VALUES", 1)
     monkeypatch.setattr("cfgen_augment.stages._FEWEST_ROWS", 32)
-    monkeypatch.setattr(files, "_WRITTEN_VALUES", 1000)
+    monkeypatch.setattr(writing, "_WRITTEN_VALUES", 1000)
     monkeypatch.setattr(stored, "_BUFFER_VALUES", 600)
     monkeypatch.setattr("cfgen_augment.annotated._COMPARED_VALUES", 600)
     monkeypatch.setattr("cfgen_augment.counts._SCAN", 600)
@@ -126,7 +126,11 @@ def test_without_new_cells_the_file_holds_the_real_ones(adata, model, tmp_path):
 
 def test_no_block_grows_with_the_cells(adata, model, tmp_path, small_blocks, monkeypatch):
     read_rows, drawn_rows, written_rows = [], [], []
-    reading, generating, appending = StoredCells.read, CFGen._generate_block, files._Growing.append
+    reading, generating, appending = (
+        StoredCells.read,
+        CFGen._generate_block,
+        writing._Growing.append,
+    )
     monkeypatch.setattr(
         StoredCells,
         "read",
@@ -138,7 +142,7 @@ def test_no_block_grows_with_the_cells(adata, model, tmp_path, small_blocks, mon
         lambda self, codes, *rest: drawn_rows.append(len(codes)) or generating(self, codes, *rest),
     )
     monkeypatch.setattr(
-        files._Growing,
+        writing._Growing,
         "append",
         lambda self, block: written_rows.append(block.shape[0]) or appending(self, block),
     )
@@ -161,7 +165,7 @@ def test_an_interrupted_write_leaves_nothing_behind(
         augment_file(source, target, "cell_type", generator=model, target_size=200)
     before = sorted(tmp_path.rglob("*"))
     appends = []
-    original = files._Growing.append
+    original = writing._Growing.append
 
     def fail(self, block):
         appends.append(block)
@@ -169,7 +173,7 @@ def test_an_interrupted_write_leaves_nothing_behind(
             raise error
         original(self, block)
 
-    monkeypatch.setattr(files._Growing, "append", fail)
+    monkeypatch.setattr(writing._Growing, "append", fail)
     with pytest.raises(type(error)) as caught:
         augment_file(
             source, target, "cell_type", generator=model, target_size=700, overwrite=exists
@@ -207,7 +211,7 @@ def test_the_input_itself_can_be_replaced(adata, model, tmp_path):
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("out.h5", r"ends in \.h5ad or \.zarr.*it ends in '\.h5'\. Rename"),
+        ("out.h5", r"ends in \.h5ad, \.h5mu or \.zarr.*it ends in '\.h5'\. Rename"),
         ("out", r"ends in ''"),
         ("absent/out.zarr", "a directory that can be written to"),
         ("folder.h5ad", "expected a file name; it is a directory"),

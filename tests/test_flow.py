@@ -26,11 +26,11 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def make_field(n_latent=2, n_categories=(3, 2), *, size_factor=False, width=16) -> VelocityField:
+def make_field(n_latent=2, n_categories=(3, 2), *, sizes=0, width=16) -> VelocityField:
     """Built as a model builds it, then moved off its neutral start so that inputs matter."""
     with torch.device("meta"):
         field = VelocityField(
-            n_latent, n_categories, width=width, n_blocks=2, n_embedding=16, size_factor=size_factor
+            n_latent, n_categories, width=width, n_blocks=2, n_embedding=16, n_size_factors=sizes
         )
     field.to_empty(device="cpu")
     initialise(field, seeded())
@@ -154,7 +154,7 @@ def test_field_starts_with_identity_blocks():
 
 
 def test_field_depends_on_everything_it_is_given_cell_by_cell():
-    field = make_field(size_factor=True)
+    field = make_field(sizes=1)
     z = torch.randn((3, 2), generator=seeded())
     t, codes = torch.full((3, 1), 0.4), torch.tensor([[1, 2], [3, 0], [0, 0]])
     size = torch.tensor([[0.1], [0.5], [0.9]])
@@ -193,7 +193,7 @@ NONE, FIRST, SECOND, BOTH = (np.array(m, dtype=bool) for m in ((0, 0), (1, 0), (
 )
 @torch.no_grad()
 def test_guided_field_is_the_weighted_sum_of_its_terms(terms):
-    field = make_field(size_factor=True)
+    field = make_field(sizes=1)
     codes = torch.tensor([[1, 2], [3, 1], [2, 2]])
     size = torch.tensor([[0.1], [0.5], [0.9]])
     z, t = torch.randn((3, 2), generator=seeded()), torch.full((3, 1), 0.35)
@@ -222,7 +222,7 @@ def latents_of_labels(sizes=(200, 30, 3)):
 
 def test_centres_and_scales_are_the_moments_of_labels_shrunk_where_cells_are_few():
     latents, labels, size = latents_of_labels()
-    field = make_field(6, (3,), size_factor=True)
+    field = make_field(6, (3,), sizes=1)
     field.centre_on(latents, labels[:, None], size)
     z, y = latents.numpy(), labels.numpy()
     squares = np.concatenate([np.square(z[y == k] - z[y == k].mean(0)).mean(1) for k in (1, 2, 3)])
@@ -239,7 +239,7 @@ def test_centres_and_scales_are_the_moments_of_labels_shrunk_where_cells_are_few
 
 @torch.no_grad()
 def test_the_field_of_a_label_is_moved_along_with_its_centre_and_scaled():
-    field = make_field(2, (3, 2), size_factor=True)
+    field = make_field(2, (3, 2), sizes=1)
     z, t = torch.randn((4, 2), generator=seeded(1)), torch.full((4, 1), 0.6)
     codes = torch.tensor([[1, 2], [2, 0], [3, 1], [NULL, 2]])
     size = torch.full((4, 1), 0.4)

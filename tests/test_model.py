@@ -125,7 +125,7 @@ def test_guidance_by_label_changes_what_is_generated(trained):
 def test_default_solver_agrees_with_dopri5_from_the_same_noise(trained):
     labels = np.repeat(trained.classes_, 100)
     codes = trained.attributes_.encode({"label": labels}, len(labels))
-    cells = Wanted(codes, np.full(len(labels), 200.0), np.arange(len(labels)) % 2 == 0)
+    cells = Wanted(codes, np.full((len(labels), 1), 200.0), np.arange(len(labels)) % 2 == 0)
     label_alone = trained.attributes_.terms(1.0, ["label"])
     velocity, noise = trained._start(cells, label_alone, torch.Generator().manual_seed(0))
     exact, default = (
@@ -148,7 +148,8 @@ def latents_drawn(model, label: str, n: int, **changed) -> np.ndarray:
     for name, value in changed.items():
         setattr(model, name, value)
     codes = model.attributes_.encode({"label": np.full(n, label)}, n)
-    cells = Wanted(codes, np.full(n, 200.0), model._pooled(codes[:, 0], np.random.default_rng(0)))
+    pooled = model._pooled(codes[:, 0], np.random.default_rng(0))
+    cells = Wanted(codes, np.full((n, 1), 200.0), pooled)
     terms = model.attributes_.terms(1.0, ["label"])
     solver = model._solver(cells, terms, np.random.default_rng(1))
     velocity, noise = model._start(cells, terms, torch.Generator().manual_seed(2))
@@ -282,7 +283,7 @@ def test_dispersion_per_label_and_gene():
         dispersion="gene-label", n_latent=2, max_epochs=(30, 5), random_state=0, device="cpu"
     )
     model.fit(X, labels)
-    log_theta = model.network_.autoencoder.likelihood.log_theta.median(dim=1).values
+    log_theta = model.network_.autoencoder.likelihoods[0].log_theta.median(dim=1).values
     bursty, poisson = log_theta.tolist()  # classes_ are sorted
     assert bursty < np.log(2.0)
     assert poisson > np.log(8.0)
@@ -551,7 +552,7 @@ def test_empty_request_gives_no_cells(trained):
 
 
 def test_encoder_sees_log_counts_and_latents_are_standardised(cells, trained):
-    latents = encode_cells(trained.network_.autoencoder, cells.X, torch.device("cpu"))
+    latents = encode_cells(trained.network_.autoencoder, [cells.X], torch.device("cpu"))
     scaled = (latents - trained.network_.latent_mean) / trained.network_.latent_scale
     assert torch.allclose(scaled.mean(dim=0), torch.zeros(8), atol=1e-4)
     assert torch.allclose(scaled.std(dim=0, correction=0), torch.ones(8), atol=1e-3)

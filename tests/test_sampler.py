@@ -343,7 +343,7 @@ def test_an_unfitted_generator_is_a_template(cells):
         sampler = using(template, random_state=seed)
         results.append(sampler.fit_resample(cells.X, cells.labels)[0])
         assert sampler.generator_.hidden == (16,)
-        assert sampler.generator_.network_.autoencoder.encoder[0].out_features == 16
+        assert sampler.generator_.network_.autoencoder.encoders[0][0].out_features == 16
     assert not hasattr(template, "network_")
     assert template.random_state is None
     assert (results[0] != results[1]).nnz == 0
@@ -582,7 +582,7 @@ def test_fit_checks_without_training(cells, no_training):
 
 
 def test_a_template_is_checked_before_training(cells, no_training):
-    with pytest.raises(ValueError, match="likelihood: expected one of"):
+    with pytest.raises(ValueError, match=r"likelihood: expected 'auto' or one of"):
         using(CFGen(likelihood="normal")).fit_resample(cells.X, cells.labels)
     with pytest.raises(FileNotFoundError):
         using("no-such-model").fit_resample(cells.X, cells.labels)

@@ -107,9 +107,10 @@ class Reference:
                 velocity = guided(model.network_.field, torch.as_tensor(part + 1), terms, None)
                 noise = torch.randn((len(part), model.n_latent), generator=generator)
                 totals = model.size_factor_.sample(part[:, 0], random)
-                log_size = torch.as_tensor(np.log(totals), dtype=torch.float32)[:, None]
-                log_mean = model.network_.autoencoder.decode(solver(velocity, noise), log_size)
-                noise_model = model.network_.autoencoder.likelihood
+                log_size = torch.as_tensor(np.log(totals), dtype=torch.float32)
+                autoencoder = model.network_.autoencoder
+                (log_mean,) = autoencoder.decode(solver(velocity, noise), log_size)
+                (noise_model,) = autoencoder.likelihoods
                 theta = cast(NegativeBinomial, noise_model).log_theta.exp()
                 rate = torch._standard_gamma(theta.expand_as(log_mean), generator=generator) / theta
                 counts = torch.poisson(rate * log_mean.exp(), generator=generator)

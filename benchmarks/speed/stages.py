@@ -17,6 +17,7 @@ from scipy import sparse
 from benchmarks.speed.timing import Work, interleaved, products, repeated
 from cfgen_augment import CFGen
 from cfgen_augment.generation import Wanted
+from cfgen_augment.modalities import hidden_widths
 from cfgen_augment.stages import block_rows, encode_cells
 
 _BLOCK = 4096
@@ -69,7 +70,7 @@ def stage_table(X: sparse.csr_matrix, labels: NDArray, repeats: int) -> pd.DataF
     cells = Wanted(codes, totals, model._pooled(codes[:, 0], random))
     terms = model.attributes_.terms(1.0, ["label"])
     latents = model.encode(X)
-    hidden = tuple(model.hidden)
+    (hidden,) = hidden_widths(model.hidden, model.modalities_)
     encoder = (n_genes, *hidden, model.n_latent)
     decoder = tuple(reversed(encoder))
     field = (model.n_latent, *(model.flow_width,) * (3 * model.flow_blocks + 1), model.n_latent)
@@ -94,7 +95,7 @@ def stage_table(X: sparse.csr_matrix, labels: NDArray, repeats: int) -> pd.DataF
         stages: dict[str, tuple[Work, Work]] = {
             "load (floor: read the bytes)": (lambda: anndata.read_h5ad(file), file.read_bytes),
             "encode": (
-                lambda: encode_cells(model.network_.autoencoder, X, torch.device("cpu")),
+                lambda: encode_cells(model.network_.autoencoder, [X], torch.device("cpu")),
                 repeated(products(encoder, block), blocks),
             ),
             "solve": (solve, repeated(products(field, block), blocks * model.n_steps)),

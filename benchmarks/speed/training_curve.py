@@ -37,6 +37,7 @@ from cfgen_augment.counts import CellMatrix, check_cells, feature_moments, total
 from cfgen_augment.flow import VelocityField, drop_attributes, flow_matching_loss
 from cfgen_augment.likelihoods import Likelihood, NegativeBinomial
 from cfgen_augment.minibatch import Minibatch
+from cfgen_augment.modalities import Modality, hidden_widths
 from cfgen_augment.training import Schedule, hold_out, initialise
 
 RECIPES = ("present", "reference")
@@ -67,10 +68,10 @@ class Problem:
         model = CFGen()
         with torch.device("meta"):
             made = Autoencoder(
-                NegativeBinomial(self.X.shape[1]),
-                self.X.shape[1],
+                [NegativeBinomial(self.X.shape[1])],
+                [self.X.shape[1]],
                 model.n_latent,
-                model.hidden,
+                hidden_widths(model.hidden, [Modality(None, "nb", self.X.shape[1])]),
                 n_labels=int(self.labels.max()) + 1,
             )
         return made.to_empty(device="cpu")
@@ -137,9 +138,9 @@ def curve(problem: Problem, recipe: str, schedule: Schedule, seed: int) -> pd.Da
     with trained_as(recipe), mock.patch.object(stages, "train", timed):
         stages.train_autoencoder(
             problem.autoencoder(),
-            problem.X,
+            [problem.X],
             problem.labels,
-            problem.totals,
+            problem.totals[:, None],
             count_splitting=False,
             label_weight=0.0,
             rows=problem.rows,
@@ -177,9 +178,9 @@ def autoencoder_stage(problem: Problem, batch_size: int, present: bool) -> Stage
     label_weight = CFGen().label_weight if present else 0.0
     model = problem.autoencoder()
     initialise(model, torch.Generator().manual_seed(0))
-    bias = model.likelihood.initialise(*feature_moments(problem.X), problem.totals)
+    (noise_model,), (output_bias,) = model.likelihoods, model.output_biases
     with torch.no_grad():
-        model.output_bias.copy_(bias)
+        output_bias.copy_(noise_model.initialise(*feature_moments(problem.X), problem.totals))
     log_totals = torch.as_tensor(np.log(problem.totals), dtype=torch.float32)[:, None]
     labels = torch.as_tensor(problem.labels)
 
@@ -190,7 +191,8 @@ def autoencoder_stage(problem: Problem, batch_size: int, present: bool) -> Stage
         if present:
             seen, x = x.split(generator)
             size = x.log_totals()
-        return model.loss(x, size, labels[at], seen=seen, label_weight=label_weight)
+        parts = None if seen is None else [seen]
+        return model.loss([x], [size], labels[at], seen=parts, label_weight=label_weight)
 
     return Stage(model, stages.autoencoder_optimizer(model, 1e-3), loss)
 
@@ -204,7 +206,7 @@ def flow_stage(problem: Problem, batch_size: int, fused: bool) -> Stage:
         width=model.flow_width,
         n_blocks=model.flow_blocks,
         n_embedding=model.flow_width,
-        size_factor=True,
+        n_size_factors=1,
     )
     generator = torch.Generator().manual_seed(0)
     initialise(field, generator)
