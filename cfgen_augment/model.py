@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from cfgen_augment.attributes import Attributes, check_attribute, check_feature_names
 from cfgen_augment.counts import CellMatrix, check_cells, total_counts
-from cfgen_augment.generation import LABEL, FittedModel
+from cfgen_augment.generation import LABEL
 from cfgen_augment.likelihoods import value_kind
 from cfgen_augment.network import Network
 from cfgen_augment.parameters import RandomState, check_parameters, entropy, pair
@@ -20,13 +20,14 @@ from cfgen_augment.size_factors import LogNormalSizeFactor
 from cfgen_augment.solver import check_solver
 from cfgen_augment.stages import encode_cells, match_dispersion, train_autoencoder, train_flow
 from cfgen_augment.training import Schedule, hold_out, resolve_device
+from cfgen_augment.translation import TranslatingModel
 
 # max_epochs="auto": minibatches to aim at, fewest and most epochs, and minibatches that tiny data
 # get at least; autoencoder and flow.
 _AUTO_EPOCHS = ((1_800, 10, 50, 100), (2_400, 20, 100, 300))
 
 
-class CFGen(FittedModel):
+class CFGen(TranslatingModel):
     r"""Generative model of counts: a count autoencoder and a conditional flow on its latents.
 
     The autoencoder is trained by maximum likelihood and frozen; the flow is trained by Flow
