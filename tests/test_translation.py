@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.decomposition import PCA
+from sklearn.neighbors import NearestNeighbors
 
 from cfgen_augment import CFGen
+from cfgen_augment.measures import log_normalise
 
 
 def composition(X) -> np.ndarray:
@@ -132,6 +135,39 @@ def test_bad_requests_are_refused(cells, trained, given, message):
 def test_not_fitted(cells):
     with pytest.raises(RuntimeError, match="expected a fitted model"):
         CFGen().translate(cells.X, covariates={"donor": cells.donors}, to={"donor": "d1"})
+
+
+def test_real_cells_keep_their_type_and_move_to_the_donor(real_data):
+    import anndata
+
+    adata = anndata.read_h5ad(real_data("kang_pbmc_ctrl_8donors.h5ad"))
+    labels, donors = (adata.obs[key].astype(str).to_numpy() for key in ("cell_type", "donor"))
+    source, target = "patient_1015", "patient_1488"
+    rows = np.flatnonzero(
+        np.isin(donors, [source, target])
+        & np.isin(labels, ["CD4 T cells", "CD14+ Monocytes", "B cells"])
+    )
+    rows = np.random.default_rng(0).permutation(rows)[:1_500]
+    X, labels, donors = adata.X[rows], labels[rows], donors[rows]
+    model = CFGen(random_state=0, max_epochs=(30, 60), device="cpu")
+    model.fit(X, labels, covariates={"donor": donors})
+    logs = log_normalise(X)
+    space = PCA(30, svd_solver="arpack", random_state=0).fit(logs)
+    search = NearestNeighbors(n_neighbors=10).fit(space.transform(logs))
+
+    moved = donors == source
+    given = {"covariates": {"donor": donors[moved]}}
+
+    def shares(to: str) -> tuple[float, float]:
+        new = model.translate(X[moved], labels[moved], **given, to={"donor": to})
+        near = search.kneighbors(space.transform(log_normalise(new)), return_distance=False)
+        of_type = (labels[near] == labels[moved][:, None]).mean()
+        return float(of_type), float((donors[near] == target).mean())
+
+    (type_here, target_here), (type_there, target_there) = shares(source), shares(target)
+    assert type_here > 0.9
+    assert type_there > 0.9
+    assert target_there > target_here + 0.1
 
 
 def test_other_noise_models_translate_too(cells):

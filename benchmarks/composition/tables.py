@@ -38,7 +38,7 @@ def _spread(
     mean, sd = grouped.mean(), grouped.std()
     made = pd.DataFrame(index=mean.index)
     for name in measures:
-        digits = _DIGITS.get(name, 3)
+        digits = 0 if name.startswith("size_factor=") else _DIGITS.get(name, 3)
         made[name] = [
             "" if np.isnan(m) else f"{m:.{digits}f}" + ("" if np.isnan(s) else f" ± {s:.{digits}f}")
             for m, s in zip(mean[name], sd[name], strict=True)
@@ -77,7 +77,8 @@ def _wins(per: pd.DataFrame) -> list[str]:
         wide = per.pivot(index=["seed", "combination"], columns="way")
         closer = (wide["W2"][way] < wide["W2"]["type only"]).sum()
         along = (wide["corr"][way] > wide["corr"]["type only"]).sum()
-        wins.append("" if way == "type only" else f"W2 {closer}, corr {along}")
+        told = f"corr {along}" if wide["W2"][way].isna().all() else f"W2 {closer}, corr {along}"
+        wins.append("" if way == "type only" else told)
     return wins
 
 

@@ -17,6 +17,7 @@ from cfgen_augment import CFGen
 Rows = list[dict[str, Any]]
 
 _LEAST = 60  # held-out cells of a combination
+_LEAST_OTHER = 40  # cells of another type of the donor, to tell what the donor does to it
 _MOST = 150  # cells compared
 _COMBINATIONS = 4  # held out at once, of different types and different donors
 _OTHER_DONORS = 3  # whose cells stand in for the donor's, one donor after the other
@@ -49,7 +50,9 @@ def unseen(world: World, seed: int) -> Rows:
         One per combination and way. ``W2`` and ``MMD`` to held-out cells in components of the
         training cells; ``corr`` and ``slope``: over genes, of the difference that the donor makes
         to the type's log mean expression (from the type's mean over other donors), made against
-        held out, and how much of it is made; shares of nearest training cells.
+        held out, and how much of it is made; shares of nearest training cells. ``additive`` has no
+        cells: the difference that the donor makes to its other types, on average, which is what
+        there is to compose.
     """
     rng = np.random.default_rng([seed, 1])
     combinations = choose_combinations(world, rng)
@@ -92,12 +95,43 @@ def _one(
                 "combination": f"{name}, {donor}",
                 "way": way,
                 **distances(real, places),
-                "corr": float(np.corrcoef(difference, truth)[0, 1]),
-                "slope": float(np.polyfit(truth, difference, 1)[0]),
+                **_agreement(difference, truth),
                 **space.shares(places, *(np.repeat(v, len(places)) for v in (name, donor))),
             }
         )
-    return rows
+    additive = _additive(cells, combination)[heard]
+    return [
+        *rows,
+        {"combination": f"{name}, {donor}", "way": "additive", **_agreement(additive, truth)},
+    ]
+
+
+def _agreement(made: NDArray[np.float64], truth: NDArray[np.float64]) -> dict[str, float]:
+    """Correlation over genes, and how much of the true difference is made."""
+    return {
+        "corr": float(np.corrcoef(made, truth)[0, 1]),
+        "slope": float(np.polyfit(truth, made, 1)[0]),
+    }
+
+
+def _additive(cells: Cells, combination: tuple[str, str]) -> NDArray[np.float64]:
+    """Difference that a donor makes to log mean expression of its other types.
+
+    The mean over types of 40 cells or more, by the square root of their number.
+    """
+    name, donor = combination
+    differences, weights = [], []
+    for other in np.unique(cells.labels[cells.labels != name]):
+        of_type = cells.labels == other
+        own = of_type & (cells.donors == donor)
+        if own.sum() >= _LEAST_OTHER:
+            rest = np.flatnonzero(of_type & (cells.donors != donor))
+            profile = log_profile(cells.counts[np.flatnonzero(own)])
+            differences.append(profile - log_profile(cells.counts[rest]))
+            weights.append(np.sqrt(own.sum()))
+    if not differences:
+        return np.full(len(cells.genes), np.nan)
+    return np.average(differences, axis=0, weights=weights)
 
 
 def _held_out(
