@@ -50,9 +50,10 @@ def unseen(world: World, seed: int) -> Rows:
         One per combination and way. ``W2`` and ``MMD`` to held-out cells in components of the
         training cells; ``corr`` and ``slope``: over genes, of the difference that the donor makes
         to the type's log mean expression (from the type's mean over other donors), made against
-        held out, and how much of it is made; shares of nearest training cells. ``additive`` has no
-        cells: the difference that the donor makes to its other types, on average, which is what
-        there is to compose.
+        held out, and how much of it is made; shares of nearest training cells. ``real, decoded``
+        are held-out cells through the autoencoder, the most that any latent can do. ``additive``
+        has no cells: the difference that the donor makes to its other types, on average, which
+        is what there is to compose.
     """
     rng = np.random.default_rng([seed, 1])
     combinations = choose_combinations(world, rng)
@@ -81,7 +82,14 @@ def _one(
     first, second = _held_out(world, combination, rng)
     m = first.shape[0]
     others = np.flatnonzero(cells.labels == name)
-    made = _ways(cells, model, others, combination, m, rng, seed)
+    totals = np.maximum(np.asarray(second.sum(axis=1), dtype=np.float64).ravel(), 1.0)
+    decoded = model.generate(
+        np.repeat(name, len(totals)),
+        latents=model.encode(second),
+        size_factors=totals,
+        random_state=seed,
+    )
+    made = [("real, decoded", decoded), *_ways(cells, model, others, combination, m, rng, seed)]
     expected = log_profile(cells.counts[others])
     heard = np.asarray(cells.counts[others].mean(axis=0)).ravel() >= _LEAST_COUNT
     truth = (log_profile(first) - expected)[heard]
