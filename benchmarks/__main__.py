@@ -3,6 +3,7 @@
 python -m benchmarks run --data kang --embedder pca --out results/
 python -m benchmarks report results/
 python -m benchmarks choices --data kang --out choices/
+python -m benchmarks composition --data kang --out composition/
 python -m benchmarks pretrain-scgpt --data kang --out checkpoint/
 """
 
@@ -33,7 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         130 if interrupted.
     """
     given = parser().parse_args(arguments)
-    do = {"run": _run, "choices": _choices, "report": _report, "pretrain-scgpt": _pretrain}
+    do = {
+        "run": _run,
+        "choices": _choices,
+        "composition": _composition,
+        "report": _report,
+        "pretrain-scgpt": _pretrain,
+    }
     typed = sys.argv[1:] if arguments is None else list(arguments)
     try:
         return do[given.do](given, "python -m benchmarks " + shlex.join(_without_folders(typed)))
@@ -81,6 +88,12 @@ def _choices(given: argparse.Namespace, command: str) -> int:
     rows.to_csv(given.out / "choices.csv")
     print(to_markdown(shown(rows)))
     return int(bool(failures))
+
+
+def _composition(given: argparse.Namespace, command: str) -> int:
+    from benchmarks.composition.command import composition
+
+    return composition(given, command)
 
 
 def _settings(given: argparse.Namespace, *, inner: bool = False) -> Settings:

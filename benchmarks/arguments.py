@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("results", type=Path)
     report.add_argument("--markdown", action="store_true", help="print the tables as markdown")
 
+    _composition(commands)
     _pretrain(commands)
     return everything
 
@@ -80,14 +81,38 @@ def _choices(commands: Any) -> None:
     _work(choices, Path("choices"))
 
 
+def _composition(commands: Any) -> None:
+    kinds = ("unseen", "whole", "dispersion", "depth")
+    composition = commands.add_parser(
+        "composition",
+        help="measure how types and donors compose",
+        description="Guidance weights, combinations of type and donor that are absent from "
+        "training, depth as a technical effect, dispersions, and cells translated between donors. "
+        "Finished parts are kept, as by 'run'.",
+    )
+    _source(composition.add_argument_group("data"))
+    design = composition.add_argument_group("design")
+    design.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    design.add_argument(
+        "--splits", type=int, default=3, help="of donors, for dispersions (default: %(default)s)"
+    )
+    design.add_argument(
+        "--parts",
+        nargs="+",
+        choices=kinds,
+        default=kinds,
+        metavar="PART",
+        help=f"some of {', '.join(kinds)} (default: all)",
+    )
+    work = composition.add_argument_group("work")
+    work.add_argument("--out", type=Path, default=Path("composition"), help="default: %(default)s/")
+    work.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
+    work.add_argument("--threads", type=int, default=1, help="per process (default: %(default)s)")
+
+
 def _data(command: argparse.ArgumentParser) -> None:
     data = command.add_argument_group("data")
-    data.add_argument(
-        "--data", required=True, help="an .h5ad file, demo, simulated, or a name such as kang"
-    )
-    data.add_argument("--label-key", help="column of obs with cell types (default: cell_type)")
-    data.add_argument("--donor-key", help="column of obs with donors (default: donor, if any)")
-    data.add_argument("--layer", help="layer with raw counts (default: X)")
+    _source(data)
     data.add_argument(
         "--thin",
         metavar="TYPE:N,...",
@@ -100,6 +125,15 @@ def _data(command: argparse.ArgumentParser) -> None:
         help="share of the other types' training cells set aside to test memorisation "
         "(default: %(default)s)",
     )
+
+
+def _source(data: Any) -> None:
+    data.add_argument(
+        "--data", required=True, help="an .h5ad file, demo, simulated, or a name such as kang"
+    )
+    data.add_argument("--label-key", help="column of obs with cell types (default: cell_type)")
+    data.add_argument("--donor-key", help="column of obs with donors (default: donor, if any)")
+    data.add_argument("--layer", help="layer with raw counts (default: X)")
 
 
 def _design(design: Any, seeds: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from string import ascii_uppercase
 
 import numpy as np
@@ -71,6 +71,38 @@ class Truth:
         log_rate += self.interactions[d, k]
         return self.size_factors[rows, None] * softmax(log_rate, axis=1)
 
+    def more(self, name: str, donor: str, n: int, seed: int) -> Cells:
+        """Further cells of a type of a donor, even of one that no cell was simulated of.
+
+        Their size factors are those of random simulated cells of the donor.
+        """
+        rng = np.random.default_rng(seed)
+        (k,), (d,) = np.flatnonzero(self.types == name), np.flatnonzero(self.donors == donor)
+        sizes = self.size_factors[self.donor_of == d]
+        wanted = replace(
+            self,
+            type_of=np.full(n, k),
+            donor_of=np.full(n, d),
+            size_factors=sizes[rng.integers(len(sizes), size=n)],
+        )
+        return wanted.draw(rng)
+
+    def draw(self, rng: np.random.Generator) -> Cells:
+        """Cells of the types, donors and size factors that are in here."""
+        blocks = []
+        for start in range(0, len(self.type_of), _ROWS):
+            mean = self.means(slice(start, start + _ROWS))
+            # A gamma-Poisson mixture is negative binomial.
+            counts = rng.poisson(rng.gamma(self.theta, mean / self.theta))
+            blocks.append(sparse.csr_matrix(counts, dtype=np.float32))
+        n_genes = len(self.theta)
+        return Cells(
+            counts=sparse.vstack(blocks, format="csr"),
+            labels=self.types[self.type_of],
+            genes=np.array([f"gene{g + 1:0{len(str(n_genes))}d}" for g in range(n_genes)]),
+            donors=self.donors[self.donor_of],
+        )
+
 
 def rarity_profile(n_types: int, rarest: float = 0.01) -> NDArray[np.float64]:
     """Shares that fall geometrically from the commonest type to the rarest and sum to one.
@@ -109,6 +141,7 @@ def simulate(
     depth: float = 400.0,
     donor_sd: float = 0.2,
     interaction_sd: float = 0.2,
+    donor_depth_sd: float = 0.0,
     seed: int = 0,
 ) -> tuple[Cells, Truth]:
     """Simulate cells of several donors; see `Truth` for the model.
@@ -129,6 +162,9 @@ def simulate(
     donor_sd, interaction_sd
         Standard deviation over genes of the effects that a donor has on all types and on each, on
         the scale of natural-log expression.
+    donor_depth_sd
+        Standard deviation over donors of the natural-log size factor, a technical effect: some
+        donors' cells are deeper, whatever their type.
     seed
         Source of all randomness.
 
@@ -171,6 +207,8 @@ def simulate(
     n_cells = n_donors * cells_per_donor
     donor_of = rng.permutation(np.repeat(np.arange(n_donors), cells_per_donor))
     type_of = (rng.random((n_cells, 1)) > shares.cumsum(axis=1)[donor_of, :-1]).sum(axis=1)
+    # A stream of its own, so that without it all else is drawn as it always was.
+    deeper = np.random.default_rng([seed, 1]).normal(0.0, donor_depth_sd, n_donors)
     truth = Truth(
         types=types,
         donors=donors,
@@ -181,22 +219,10 @@ def simulate(
         donor_effects=donor_effects,
         interactions=interactions,
         theta=theta,
-        size_factors=rng.lognormal(np.log(depth), 0.4, n_cells),
+        size_factors=rng.lognormal(np.log(depth), 0.4, n_cells) * np.exp(deeper[donor_of]),
         type_shares=shares,
     )
-    blocks = []
-    for start in range(0, n_cells, _ROWS):
-        mean = truth.means(slice(start, start + _ROWS))
-        # A gamma-Poisson mixture is negative binomial.
-        counts = rng.poisson(rng.gamma(theta, mean / theta))
-        blocks.append(sparse.csr_matrix(counts, dtype=np.float32))
-    cells = Cells(
-        counts=sparse.vstack(blocks, format="csr"),
-        labels=types[type_of],
-        genes=np.array([f"gene{g + 1:0{len(str(n_genes))}d}" for g in range(n_genes)]),
-        donors=donors[donor_of],
-    )
-    return cells, truth
+    return truth.draw(rng), truth
 
 
 def _programmes(rng: np.random.Generator, n: int, n_genes: int, sd: float) -> NDArray[np.float64]:

@@ -15,6 +15,9 @@ and moved along by ``t m_y``. Seen so, labels resemble each other. A label may t
 Where further attributes are given, the centre is that of an additive model, a label's effect and
 one of every other attribute's category: labels and donors are correlated in real data, and what is
 left around it can be pooled over both.
+
+Fields are trained on noise of different scales, ``s_y`` where the label is given and one where it
+is not. Guidance adds them up along one path, so they are first brought to noise of one scale.
 """
 
 from __future__ import annotations
@@ -47,6 +50,34 @@ def interpolate(z_0: Tensor, z_1: Tensor, t: Tensor) -> Tensor:
 def target_velocity(z_0: Tensor, z_1: Tensor) -> Tensor:
     r"""Time derivative of the path, :math:`u = z_1 - (1 - \sigma_{min}) z_0`."""
     return z_1 - (1.0 - SIGMA_MIN) * z_0
+
+
+def on_noise_of_scale(
+    field: Callable[[Tensor, Tensor], Tensor], ratio: Tensor
+) -> Callable[[Tensor, Tensor], Tensor]:
+    r"""The field of the same data for noise `ratio` times as wide, exactly.
+
+    With :math:`\rho` the ratio and :math:`c = \rho + (1 - \rho) (1 - \sigma_{min}) t`, a point on
+    the path from wider noise is :math:`c` times one at time :math:`t / c` on the path that `field`
+    was trained on, and both say the same of the data and the noise they came from:
+
+    .. math:: v_\rho(z, t) = \frac{1}{c} \Bigl[\rho \, v\Bigl(\frac{z}{c}, \frac{t}{c}\Bigr)
+        + (1 - \rho) (1 - \sigma_{min}) z\Bigr]
+
+    Parameters
+    ----------
+    field
+        Velocity as a function of `z` ``(n, n_latent)`` and `t` ``(n, 1)`` or ``(1, 1)``.
+    ratio
+        Scale of the noise over that of the noise `field` was trained on, ``(n, 1)``.
+    """
+    rest = (1.0 - ratio) * (1.0 - SIGMA_MIN)
+
+    def velocity(z: Tensor, t: Tensor) -> Tensor:
+        c = ratio + rest * t
+        return (ratio * field(z / c, t / c) + rest * z) / c
+
+    return velocity
 
 
 def drop_attributes(attributes: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
@@ -345,6 +376,18 @@ def flow_matching_loss(
     return (error / given.scale).square().mean() if len(error) else error.sum()
 
 
+def noise_scale(
+    field: VelocityField, attributes: Tensor, terms: Sequence[tuple[float, NDArray[np.bool_]]]
+) -> Tensor:
+    """Standard deviation ``(n, 1)`` of the noise that the guided field carries to data.
+
+    That of the cells' labels where any term sees them.
+    """
+    sees_label = any(weight and mask[0] for weight, mask in terms)
+    labels = attributes[:, 0] if sees_label else torch.full_like(attributes[:, 0], NULL)
+    return field.scales[labels]
+
+
 def guided(
     field: VelocityField,
     attributes: Tensor,
@@ -358,7 +401,7 @@ def guided(
 
     With subsets `S_k` of none and of single attributes this is Eq. 10,
     :math:`v = v_0 + \sum_i w_i (v_i - v_0)`; with none and all of them it is classifier-free
-    guidance on all at once.
+    guidance on all at once. All fields are those for noise of the scale `noise_scale`.
 
     Parameters
     ----------
@@ -375,25 +418,27 @@ def guided(
         Which cells' labels are pooled, ``(n,)``, or None.
     """
     device = attributes.device
-    # Conditions stay the same at all times, so they are embedded once.
-    seen = [
-        (
-            weight,
-            field.embed(
-                torch.where(torch.as_tensor(mask, device=device), attributes, NULL),
-                log_size,
-                pooled,
-            ),
-        )
-        for weight, mask in terms
-    ]
+    scale = noise_scale(field, attributes, terms)
+
+    def term(mask: NDArray[np.bool_]) -> Callable[[Tensor, Tensor], Tensor]:
+        # Conditions stay the same at all times, so they are embedded once.
+        seen = torch.where(torch.as_tensor(mask, device=device), attributes, NULL)
+        given = field.embed(seen, log_size, pooled)
+
+        def own(z: Tensor, t: Tensor) -> Tensor:
+            return field.at(z, t, given)
+
+        same = torch.equal(given.scale, scale)
+        return own if same else on_noise_of_scale(own, scale / given.scale)
+
+    seen = [(weight, term(mask)) for weight, mask in terms]
 
     def velocity(t: float, z: Tensor) -> Tensor:
         time = torch.full((1, 1), float(t), dtype=z.dtype, device=z.device)
-        (weight, embedded), *others = seen
-        v: Tensor = weight * field.at(z, time, embedded)
-        for weight, embedded in others:
-            v = v + weight * field.at(z, time, embedded)
+        (weight, own), *others = seen
+        v: Tensor = weight * own(z, time)
+        for weight, own in others:
+            v = v + weight * own(z, time)
         return v
 
     return velocity

@@ -335,17 +335,21 @@ class FittedModel(SavedModel):
         self, cells: Wanted, terms: Terms, generator: torch.Generator
     ) -> tuple[Velocity, Tensor]:
         """The guided field of some cells, and the noise ``(n, n_latent)`` they start from."""
+        attributes = torch.as_tensor(cells.codes + 1, device=self.device_)
+        noise = torch.empty((len(cells), self.n_latent), device=self.device_)
+        noise.normal_(generator=generator)
+        scale = self.temperature * self.network_.noise_scale(attributes, terms)
+        return self._velocity(cells, terms), noise * scale
+
+    def _velocity(self, cells: Wanted, terms: Terms) -> Velocity:
+        """The guided field of some cells."""
         device = self.device_
-        attributes = torch.as_tensor(cells.codes + 1, device=device)
-        velocity = self.network_.velocity(
-            attributes,
+        return self.network_.velocity(
+            torch.as_tensor(cells.codes + 1, device=device),
             terms,
             self._flow_size(cells.totals, device),
             torch.as_tensor(cells.pooled, device=device),
         )
-        noise = torch.empty((len(cells), self.n_latent), device=device)
-        noise.normal_(generator=generator)
-        return velocity, noise * (self.temperature * self.network_.noise_scale(attributes, terms))
 
     @torch.inference_mode()
     def _generate_block(

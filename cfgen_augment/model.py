@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from cfgen_augment.attributes import Attributes, check_attribute, check_feature_names
 from cfgen_augment.counts import CellMatrix
-from cfgen_augment.generation import LABEL, FittedModel
+from cfgen_augment.generation import LABEL
 from cfgen_augment.modalities import (
     Modality,
     by_name,
@@ -28,13 +28,14 @@ from cfgen_augment.size_factors import SizeFactors
 from cfgen_augment.solver import check_solver
 from cfgen_augment.stages import encode_cells, match_dispersion, train_autoencoder, train_flow
 from cfgen_augment.training import Schedule, hold_out, resolve_device
+from cfgen_augment.translation import TranslatingModel
 
 # max_epochs="auto": minibatches to aim at, fewest and most epochs, and minibatches that tiny data
 # get at least; autoencoder and flow.
 _AUTO_EPOCHS = ((1_800, 10, 50, 100), (2_400, 20, 100, 300))
 
 
-class CFGen(FittedModel):
+class CFGen(TranslatingModel):
     r"""Generative model of counts: a count autoencoder and a conditional flow on its latents.
 
     Cells have one matrix of features, or several modalities, each a matrix of its own with a noise

@@ -11,7 +11,7 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from cfgen_augment.autoencoder import Autoencoder
-from cfgen_augment.flow import NULL, VelocityField, guided
+from cfgen_augment.flow import VelocityField, guided, noise_scale
 from cfgen_augment.likelihoods import make_likelihoods
 from cfgen_augment.modalities import Modality, n_sizes
 from cfgen_augment.solver import Solver, Velocity
@@ -97,13 +97,8 @@ class Network(nn.Module):
     def noise_scale(
         self, attributes: Tensor, terms: Sequence[tuple[float, NDArray[np.bool_]]]
     ) -> Tensor:
-        """Standard deviation of the noise that cells start from, ``(n, 1)``.
-
-        That of their label, where the field sees it.
-        """
-        sees_label = any(weight and mask[0] for weight, mask in terms)
-        labels = attributes[:, 0] if sees_label else torch.full_like(attributes[:, 0], NULL)
-        return self.field.scales[labels]
+        """Standard deviation ``(n, 1)`` of the noise that cells start from."""
+        return noise_scale(self.field, attributes, terms)
 
     def latents(self, noise: Tensor, velocity: Velocity, solver: Solver) -> Tensor:
         """Carry noise ``(n, n_latent)`` to latents along the field."""

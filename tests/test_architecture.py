@@ -29,6 +29,7 @@ ORDER = [
         "checkpoint",
         "saved",
         "generation",
+        "translation",
         "model",
     ),
     *("annotated", "containers", "multimodal", "sampler", "files", "writing", "augmentation"),

@@ -16,6 +16,8 @@ from cfgen_augment.flow import (
     flow_matching_loss,
     guided,
     interpolate,
+    noise_scale,
+    on_noise_of_scale,
     target_velocity,
 )
 from cfgen_augment.solver import make_solver
@@ -206,6 +208,57 @@ def test_guided_field_is_the_weighted_sum_of_its_terms(terms):
     torch.testing.assert_close(velocity(0.35, z), expected, rtol=1e-5, atol=1e-6)
     assert len(calls) == len(terms)
     assert codes.tolist() == [[1, 2], [3, 1], [2, 2]]
+
+
+def gaussian_velocity(z, t, mean, variance, noise=1.0):
+    """Exact field for data ``N(mean, variance)`` and noise of standard deviation `noise`."""
+    sigma = 1 - (1 - SIGMA_MIN) * t
+    along = t * variance - (1 - SIGMA_MIN) * sigma * noise**2
+    return mean + along / (t**2 * variance + (sigma * noise) ** 2) * (z - t * mean)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.9, 1.0])
+def test_field_for_noise_of_another_scale_is_exact(t):
+    z, mean = torch.randn((4, 2), generator=seeded()).double(), torch.tensor([1.0, -2.0])
+    ratio = torch.tensor([[0.3], [1.0], [2.5], [0.01]]).double()
+    time = torch.full((1, 1), t).double()
+    trained = on_noise_of_scale(lambda z, t: gaussian_velocity(z, t, mean, 0.7), ratio)
+    expected = gaussian_velocity(z, time, mean, 0.7, ratio)
+    torch.testing.assert_close(trained(z, time), expected, rtol=1e-6, atol=1e-6)
+
+
+class GaussianLabels(nn.Module):
+    """Exact fields: everything N(0, 1), the label N(2, 0.3^2) from noise of scale 0.3."""
+
+    scales = torch.tensor([[1.0], [0.3]])
+
+    def embed(self, attributes, log_size, pooled):
+        scale = self.scales[attributes[:, 0]]
+        return Condition(scale, torch.where(scale < 1, 2.0, 0.0), scale)
+
+    def at(self, z, t, given):
+        return gaussian_velocity(z, t, given.centre, given.scale**2, given.scale)
+
+
+@pytest.mark.parametrize(
+    ("weight", "mean", "std"),
+    [
+        pytest.param(0.0, 0.0, 1.0, id="unconditional"),
+        # Not the width of the label's noise: its weight is next to nothing.
+        pytest.param(0.001, 0.0, 1.0, id="almost unconditional"),
+        pytest.param(1.0, 2.0, 0.3, id="label"),
+    ],
+)
+def test_weights_lead_from_all_data_to_the_label(weight, mean, std):
+    codes = torch.ones((4000, 1), dtype=torch.long)
+    terms = [(w, np.array([sees])) for w, sees in ((1 - weight, False), (weight, True)) if w]
+    field = GaussianLabels()
+    noise = torch.randn((4000, 2), generator=seeded()) * noise_scale(field, codes, terms)
+    assert noise.std().item() == pytest.approx(0.3 if weight else 1.0, rel=0.05)
+    velocity = guided(field, codes, terms, None)
+    z_1 = make_solver("rk4", 40, lambda: (velocity, noise))(velocity, noise)
+    assert z_1.mean().item() == pytest.approx(mean, abs=0.03)
+    assert z_1.std().item() == pytest.approx(std, rel=0.03)
 
 
 # ------------------------------------------------------------ centres and pooling
