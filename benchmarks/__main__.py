@@ -4,6 +4,7 @@ python -m benchmarks run --data kang --embedder pca --out results/
 python -m benchmarks report results/
 python -m benchmarks choices --data kang --out choices/
 python -m benchmarks pretrain-scgpt --data kang --out checkpoint/
+python -m benchmarks tables --table 1 --data pbmc3k --out table1/
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from benchmarks.arguments import parser
 from benchmarks.arms import ARMS, Arm
 from benchmarks.settings import Place, Settings
+from benchmarks.tables import commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = parser().parse_args(arguments)
     do = {"run": _run, "choices": _choices, "report": _report, "pretrain-scgpt": _pretrain}
+    do |= {"tables": commands.tables}
     typed = sys.argv[1:] if arguments is None else list(arguments)
     try:
         return do[given.do](given, "python -m benchmarks " + shlex.join(_without_folders(typed)))

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.arms import ARMS, Arm
 from benchmarks.choices import CHOICES
+from benchmarks.tables.commands import add_tables
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--markdown", action="store_true", help="print the tables as markdown")
 
     _pretrain(commands)
+    add_tables(commands)
     return everything
 
 
