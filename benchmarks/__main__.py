@@ -5,6 +5,7 @@ python -m benchmarks report results/
 python -m benchmarks choices --data kang --out choices/
 python -m benchmarks pretrain-scgpt --data kang --out checkpoint/
 python -m benchmarks tables --table 1 --data pbmc3k --out table1/
+python -m benchmarks figures table1/
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = parser().parse_args(arguments)
     do = {"run": _run, "choices": _choices, "report": _report, "pretrain-scgpt": _pretrain}
-    do |= {"tables": commands.tables}
+    do |= {"tables": commands.tables, "figures": commands.figures}
     typed = sys.argv[1:] if arguments is None else list(arguments)
     try:
         return do[given.do](given, "python -m benchmarks " + shlex.join(_without_folders(typed)))

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.arms import ARMS, Arm
 from benchmarks.choices import CHOICES
-from benchmarks.tables.commands import add_tables
+from benchmarks.tables.commands import add_figures, add_tables
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
 
     _pretrain(commands)
     add_tables(commands)
+    add_figures(commands)
     return everything
 
 

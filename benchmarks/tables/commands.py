@@ -1,4 +1,4 @@
-"""``python -m benchmarks tables``: its arguments, and what it does."""
+"""``python -m benchmarks tables`` and ``figures``: their arguments, and what they do."""
 
 from __future__ import annotations
 
@@ -54,6 +54,27 @@ def add_tables(commands: Any) -> None:
     )
 
 
+def add_figures(commands: Any) -> None:
+    """The arguments of ``figures``."""
+    figures = commands.add_parser(
+        "figures",
+        help="the figures of the CFGen paper, from results of tables or run",
+        description="From results of 'tables': mean and variance, zeros per cell (Fig. 2), marker "
+        "expression and peak accessibility by type (Fig. 9). From results of 'run': gain against "
+        "frequency (Fig. 5). With --data: a grid of guidance by type and donor (Fig. 4), for "
+        "which CFGen is trained once and kept.",
+    )
+    figures.add_argument("results", type=Path, metavar="DIR")
+    figures.add_argument("--data", help="cells with donors for the grid of guidance, such as kang")
+    figures.add_argument("--label-key", help="column of obs with cell types (default: cell_type)")
+    figures.add_argument("--donor-key", help="column of obs with donors (default: donor)")
+    figures.add_argument("--layer", help="layer with raw counts (default: X)")
+    figures.add_argument("--seed", type=int, default=0, help="default: 0")
+    figures.add_argument(
+        "--format", choices=["svg", "png", "pdf"], default="svg", help="default: %(default)s"
+    )
+
+
 def tables(given: argparse.Namespace, command: str) -> int:
     """Do what is left of a table, write and print it; 1 if some of it failed."""
     from benchmarks.tables import summary, work
@@ -91,6 +112,24 @@ def tables(given: argparse.Namespace, command: str) -> int:
         name = f"{given.table} {Path(given.data).name}"
         summary.into_document(text, given.docs, name)
     return int(bool(failures))
+
+
+def figures(given: argparse.Namespace, command: str) -> int:
+    """Draw what the results allow; says what it wrote."""
+    from benchmarks.tables.drawing import draw
+
+    for path in draw(
+        given.results,
+        given.format,
+        command,
+        data=given.data,
+        label_key=given.label_key,
+        donor_key=given.donor_key,
+        layer=given.layer,
+        seed=given.seed,
+    ):
+        print(path)
+    return 0
 
 
 def choose(table: int, names: list[str]) -> dict[str, Any]:
