@@ -286,6 +286,18 @@ def test_finished_parts_are_kept_and_seeds_added(folder, monkeypatch):
     assert {name: after[name] for name in before} == before
 
 
+def test_a_table_says_all_commands_that_made_it_and_no_more(folder):
+    def told(*names):
+        assert run(folder, "--models", *names, seeds=1) == 0
+        lines = (folder / "out" / "table.md").read_text().splitlines()
+        return [line.split("--models ")[1] for line in lines if line.startswith("`python")]
+
+    assert told("nb") == ["nb`"]
+    assert told("mixup") == ["nb`", "mixup`"]
+    assert told("mixup") == ["nb`", "mixup`"]
+    assert told("nb", "mixup") == ["nb mixup`"]
+
+
 def test_parts_do_not_depend_on_what_else_is_done(folder):
     run(folder, "--models", "nb", seeds=2, out="a")
     run(folder, "--models", "mixup", "nb-untyped", "nb", seeds=2, out="b")
@@ -378,7 +390,9 @@ def test_a_table_takes_its_place_in_a_document(folder):
         assert run(folder, "--models", "nb", "--docs", str(page), seeds=1) == 0
     text = page.read_text()
     assert text.count("| negative binomial |") == 1
-    assert text.startswith("# Tables\n\n## One\n\n<!-- table: 1 rna.h5ad -->\n### Table 1: ")
+    assert text.startswith(
+        "# Tables\n\n## One\n\n<!-- table: 1 rna.h5ad -->\n### Table 1: rna.h5ad\n\n`python"
+    )
     assert text.endswith("<!-- end: 1 rna.h5ad -->\n\nB\n")
     summary.into_document("words", page, "2 x")
     assert page.read_text().endswith("<!-- table: 2 x -->\nwords\n<!-- end: 2 x -->\n")

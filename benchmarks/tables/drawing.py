@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,7 +89,7 @@ def draw(
         )
     written = []
     for name, figure in made:
-        note = "\n".join(filter(None, [document.get("command"), command]))
+        note = "\n".join([*document.get("command", []), command])
         figure.text(0, -0.01, note, fontsize=6, va="top", color="0.4", parse_math=False)
         target = results / "figures" / f"{name}.{suffix}"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -102,11 +103,12 @@ def _of_run(results: Path) -> Iterator[tuple[str, Figure]]:
     from benchmarks.report_data import read_results
 
     read = read_results(results)
-    n_cells = read.manifest.get("data", {}).get("n_cells")
+    n_cells = read.manifest["data"]["n_cells"]
     for title, figure in frequency_figures(read):
         splits = int(read.f1["splits"].max())
         figure.suptitle(f"{title}; {n_cells:,} cells, {splits} splits", fontsize=9)
-        yield "fig5_" + "_".join(title.split(", ")[1].split()), figure
+        setting = re.sub(r"\W+", "_", title.partition(", ")[2]).strip("_")
+        yield f"fig5_{setting}", figure
 
 
 def _of_tables(results: Path) -> Iterator[tuple[str, Figure]]:

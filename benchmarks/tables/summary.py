@@ -153,9 +153,10 @@ def heading(manifest: Mapping[str, Any], frame: pd.DataFrame) -> str:
     )
     few = [f"{name} ({n})" for name, n in sizes.items() if n < LEAST]
     left_out = f" Too few held out for means over types: {', '.join(few)}." if few else ""
+    commands = "\n\n".join(f"`{command}`" for command in manifest["command"])
     return (
         f"### Table {manifest['design']['table']}: {manifest['design']['data']}\n\n"
-        f"`{manifest['command']}`\n\n{about['n_cells']:,} cells, {features}, {len(sizes)} types; "
+        f"{commands}\n\n{about['n_cells']:,} cells, {features}, {len(sizes)} types; "
         f"{sum(sizes.values()):,} cells held out by each of {int(frame['seeds'].max())} seeds; "
         f"mean ± SD over seeds.{left_out}"
     )

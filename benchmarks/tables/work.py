@@ -71,18 +71,22 @@ def open_results(
         "types": cells.sizes(),
         "total": {name: int(values.sum()) for name, values in cells.counts.items()},
     }
+    before: dict[str, Any] = {}
     if (out / _MANIFEST).exists():
         before = json.loads((out / _MANIFEST).read_text(encoding="utf-8"))
         if (before["design"], before["about"]) != (told, about):
             raise FileExistsError(
                 f"{out}: expected no results, or ones of the same design and data; it holds those "
-                f"of {before['command']!r}. Choose another --out."
+                f"of {before['command'][-1]!r}. Choose another --out."
             )
+    earlier = before.get("models", {})
+    # A command that names all that was named before makes all of it again, whatever was there.
+    commands = [] if set(earlier) <= set(models) else before["command"]
     manifest = {
         "design": told,
         "about": about,
-        "command": command,
-        "models": {name: model.about for name, model in models.items()},
+        "command": [*(c for c in commands if c != command), command],
+        "models": earlier | {name: model.about for name, model in models.items()},
         "versions": versions(),
         "hardware": hardware(),
         "commit": commit(),
