@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from cfgen_augment import __version__, annotated, checkpoint, files, writing
 from cfgen_augment.attributes import check_attribute
-from cfgen_augment.containers import Container, adapt, strip
+from cfgen_augment.containers import Container
 from cfgen_augment.counts import rows_like
 from cfgen_augment.generation import Cells
 from cfgen_augment.modalities import by_name, each, stack
 from cfgen_augment.model import CFGen
+from cfgen_augment.multimodal import adapt, strip
 from cfgen_augment.processes import Processes, launched
 from cfgen_augment.sampler import CFGenSampler
 from cfgen_augment.stored import side_by_side

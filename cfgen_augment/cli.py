@@ -214,7 +214,7 @@ def _run(given: argparse.Namespace) -> int:
 
 def _refuse(given: argparse.Namespace) -> tuple[int, str] | None:
     """Exit code and message if the arguments cannot lead to an output."""
-    from cfgen_augment import containers, files
+    from cfgen_augment import files, multimodal
 
     output = given.output
     try:
@@ -248,7 +248,7 @@ def _refuse(given: argparse.Namespace) -> tuple[int, str] | None:
             )
     try:
         if output.suffix == ".h5mu":
-            containers.check_mudata()
+            multimodal.check_mudata()
         import anndata  # noqa: F401
     except ImportError as error:
         if str(error).startswith("mudata:"):

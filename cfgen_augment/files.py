@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfgen_augment.containers import check_mudata, mudata_of
+from cfgen_augment.multimodal import check_mudata, mudata_of
 from cfgen_augment.stored import UnreadableError
 
 if TYPE_CHECKING:

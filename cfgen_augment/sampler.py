@@ -22,11 +22,12 @@ from sklearn.utils.multiclass import check_classification_targets
 from cfgen_augment.allocation import allocate, total_after
 from cfgen_augment.annotated import SYNTHETIC
 from cfgen_augment.attributes import Attributes, check_attribute, check_feature_names
-from cfgen_augment.containers import Container, adapt
+from cfgen_augment.containers import Container
 from cfgen_augment.counts import CellMatrix, append_rows
 from cfgen_augment.generation import LABEL, Cells
 from cfgen_augment.modalities import by_name, check_like, each, lay_out, stack
 from cfgen_augment.model import CFGen
+from cfgen_augment.multimodal import adapt
 from cfgen_augment.parameters import check_parameters, entropy
 from cfgen_augment.processes import Processes, launched
 from cfgen_augment.solver import check_solver

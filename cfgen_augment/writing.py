@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import sparse
 
-from cfgen_augment.containers import write_mudata
 from cfgen_augment.counts import CellMatrix
 from cfgen_augment.files import matrix_in
+from cfgen_augment.multimodal import write_mudata
 from cfgen_augment.stored import as_stored, side_by_side, stack_rows
 
 if TYPE_CHECKING:

@@ -31,14 +31,14 @@ ORDER = [
         "generation",
         "model",
     ),
-    *("annotated", "containers", "sampler", "files", "writing", "augmentation"),
+    *("annotated", "containers", "multimodal", "sampler", "files", "writing", "augmentation"),
     *("measures", "pairs", "diagnosis", "plot", "report", "cli"),
 ]
 ADAPTERS = {
     "sklearn": {"sampler", "measures", "diagnosis"},
     "imblearn": {"sampler"},
     "anndata": {"annotated", "files", "writing", "cli"},
-    "mudata": {"containers"},
+    "mudata": {"multimodal"},
     "h5py": {"files", "writing"},
     "zarr": {"files", "writing"},
     "pandas": {"annotated", "augmentation", "diagnosis"},

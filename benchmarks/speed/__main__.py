@@ -4,6 +4,7 @@
     python -m benchmarks.speed --genes 2000 8000 28000
     python -m benchmarks.speed --sizes 10000 100000 1000000
     python -m benchmarks.speed --disk --cells 100000    # training from memory and from files
+    python -m benchmarks.speed --paired RNA.h5ad ATAC.h5ad   # two modalities; 'simulated' alone
     python -m benchmarks.speed --rivals                 # on simulated counts, or on --data
 
 Counts are simulated at 7% density unless `--data` is given. A stage's floor is the time of the
@@ -23,6 +24,7 @@ from benchmarks.data import load
 from benchmarks.hardware import hardware
 from benchmarks.realism import to_markdown
 from benchmarks.speed.disk import from_disk
+from benchmarks.speed.paired import paired_files, paired_table, simulated_pair
 from benchmarks.speed.rivals import against_rivals
 from benchmarks.speed.sizes import flatness
 from benchmarks.speed.stages import import_seconds, simulated_counts, stage_table
@@ -35,6 +37,12 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=10_000, help="cells to train on, at most")
     parser.add_argument("--sizes", type=int, nargs="+", help="only: cost per cell at these sizes")
     parser.add_argument("--disk", action="store_true", help="only: training from files")
+    parser.add_argument(
+        "--paired",
+        nargs="+",
+        metavar="H5AD",
+        help="only: two modalities of the same cells, two files or 'simulated'",
+    )
     parser.add_argument("--rivals", action="store_true", help="only: CFGen beside its rivals")
     parser.add_argument("--data", help="h5ad file, or 'demo'")
     parser.add_argument("--label-key", default="cell_type")
@@ -49,6 +57,13 @@ def main() -> None:
             X, labels = adata.X.tocsr()[rows], adata.obs[given.label_key].astype(str).iloc[rows]
             labels = labels.to_numpy()
         print(to_markdown(against_rivals(X, labels, given.repeats), digits=2))
+    elif given.paired:
+        if given.paired == ["simulated"]:
+            pair, labels = simulated_pair(given.cells, given.genes[0], 50_000)
+        else:
+            first, second = map(Path, given.paired)
+            pair, labels = paired_files(first, second, given.label_key)
+        print(to_markdown(paired_table(pair, labels), digits=2))
     elif given.disk:
         with tempfile.TemporaryDirectory() as folder:
             table = from_disk(given.cells, given.genes[0], Path(folder))
