@@ -90,7 +90,8 @@ def draw(
     written = []
     for name, figure in made:
         note = "\n".join([*document.get("command", []), command])
-        figure.text(0, -0.01, note, fontsize=6, va="top", color="0.4", parse_math=False)
+        below = -0.25 / figure.get_figheight()  # a quarter of an inch: legends hang over the edge
+        figure.text(0, below, note, fontsize=6, va="top", color="0.4", parse_math=False)
         target = results / "figures" / f"{name}.{suffix}"
         target.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(target, bbox_inches="tight", dpi=150)
