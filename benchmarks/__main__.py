@@ -5,6 +5,8 @@ python -m benchmarks report results/
 python -m benchmarks choices --data kang --out choices/
 python -m benchmarks composition --data kang --out composition/
 python -m benchmarks pretrain-scgpt --data kang --out checkpoint/
+python -m benchmarks tables --table 1 --data pbmc3k --out table1/
+python -m benchmarks figures table1/
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 from benchmarks.arguments import parser
 from benchmarks.arms import ARMS, Arm
 from benchmarks.settings import Place, Settings
+from benchmarks.tables import commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "composition": _composition,
         "report": _report,
         "pretrain-scgpt": _pretrain,
+        "tables": commands.tables,
+        "figures": commands.figures,
     }
     typed = sys.argv[1:] if arguments is None else list(arguments)
     try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.arms import ARMS, Arm
 from benchmarks.choices import CHOICES
+from benchmarks.tables.commands import add_figures, add_tables
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,6 +29,8 @@ def parser() -> argparse.ArgumentParser:
 
     _composition(commands)
     _pretrain(commands)
+    add_tables(commands)
+    add_figures(commands)
     return everything
 
 

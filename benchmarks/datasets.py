@@ -86,6 +86,18 @@ DATA_SETS: dict[str, DataSet] = {
         "10x Genomics, 3k PBMCs from a Healthy Donor (2016), CC BY 4.0; labels as in SeuratData",
         "https://github.com/satijalab/seurat-data, which has to be converted",
     ),
+    "dentate-gyrus": DataSet(
+        (Source("dentategyrus_train.h5ad", record=_PAPER, label_key="clusters", layer="X_counts"),),
+        "La Manno G et al., Nature 560:494-498 (2018), doi:10.1038/s41586-018-0414-6; "
+        f"{_PAPER_CITATION}",
+        "https://zenodo.org/records/15031364",
+    ),
+    "tabula-muris": DataSet(
+        (Source("tabula_muris_train.h5ad", record=_PAPER, label_key="tissue", layer="X_counts"),),
+        "Tabula Muris Consortium, Nature 562:367-372 (2018), doi:10.1038/s41586-018-0590-4; "
+        f"{_PAPER_CITATION}, its labels tissues",
+        "https://zenodo.org/records/15031364",
+    ),
     "hlca": DataSet(
         (Source("hlca_train.h5ad", record=_PAPER, donor_key="donor_id", layer="X_counts"),),
         f"Sikkema L et al., Nat Med 29:1563-1577 (2023), {_PAPER_CITATION}; 429,918 cells and "

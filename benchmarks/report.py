@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from benchmarks import figures, report_quality, report_tables
 from benchmarks.report_data import Cell, Results, Setting, Table, at, read_results, setting_name
@@ -148,7 +149,8 @@ def _types(read: Results) -> Iterator[str]:
         yield table_to_html(report_tables.per_type(read, setting))
 
 
-def _frequency(read: Results) -> Iterator[str]:
+def frequency_figures(read: Results) -> Iterator[tuple[str, Figure]]:
+    """Gain against training cells with its title, for every embedder and classifier."""
     measure = read.frequency_measure()
     for setting in read.settings():
         rows = _type_rows(read, setting, measure)
@@ -157,10 +159,15 @@ def _frequency(read: Results) -> Iterator[str]:
         arms = [a for a in read.arms("gains") if a in set(rows["arm"]) - {"none"}]
         own = at(read.frames["correlation"], setting)
         name = {"f1": "F1"}.get(measure, measure)
-        yield figure_to_html(
-            figures.gain_against_frequency(rows, own, arms, name),
+        yield (
             f"Gain in {name} against training cells, {setting_name(setting)}",
+            figures.gain_against_frequency(rows, own, arms, name),
         )
+
+
+def _frequency(read: Results) -> Iterator[str]:
+    for title, figure in frequency_figures(read):
+        yield figure_to_html(figure, title)
     if "correlation" in read.problems:
         yield problem_to_html(read.problems["correlation"])
     else:

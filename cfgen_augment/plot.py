@@ -225,7 +225,7 @@ def markers(
         As `mean_variance`; KeyError also if `genes` holds some that are not there.
     """
     check_matplotlib()
-    from matplotlib import colormaps, rc_context
+    from matplotlib import rc_context
 
     pairs = paired(
         real,
@@ -250,9 +250,7 @@ def markers(
     x, y = by_side[:, :, chosen]
     with rc_context(PLAIN):
         ax = _axes(ax)
-        palette = colormaps["tab10" if len(types) <= 10 else "viridis"]
-        for i, label in enumerate(types):
-            colour = palette(i if len(types) <= 10 else i / (len(types) - 1))
+        for i, (label, colour) in enumerate(zip(types, _palette(len(types)), strict=True)):
             _points(ax, x[i], y[i], colour, short(str(label)), size=14)
         low, high = min(x.min(), y.min()), max(x.max(), y.max())
         ax.plot([low, high], [low, high], color="0.6", lw=0.8, zorder=0)
@@ -262,6 +260,78 @@ def markers(
         if len(types) <= _NAMED:
             ax.legend(frameon=False, fontsize=7, loc="upper left")
     return ax
+
+
+def accessibility(
+    real: AnnData | Pairs,
+    synthetic: AnnData | None = None,
+    label_key: str | None = None,
+    *,
+    ax: Axes | None = None,
+    layer: str | None = None,
+    key_added: str | None = None,
+    max_cells: int = 300,
+    random_state: RandomState = 0,
+) -> Axes:
+    """Share of cells in which a peak is open, in every type, generated against real.
+
+    A dot is a peak in a type. The legend has Pearson's correlation over the peaks of each type
+    that are open in some cell of either side.
+
+    Parameters
+    ----------
+    real, synthetic, label_key, ax, layer, key_added, max_cells, random_state
+        As in `mean_variance`; of peaks, binarised or fragment counts.
+
+    Returns
+    -------
+    Axes
+        What was drawn on.
+
+    Raises
+    ------
+    TypeError, KeyError, ValueError, ImportError
+        As `mean_variance`.
+    """
+    check_matplotlib()
+    from matplotlib import rc_context
+
+    pairs = paired(
+        real,
+        synthetic,
+        label_key,
+        layer=layer,
+        key_added=key_added,
+        random_state=random_state,
+    )
+    shares = {}
+    for label, *sides in pairs.matched(max_cells):
+        opened = [np.asarray((cells != 0).mean(axis=0)).ravel() for cells in sides]
+        shares[label] = [share[(opened[0] > 0) | (opened[1] > 0)] for share in opened]
+    with rc_context(PLAIN):
+        ax = _axes(ax)
+        for colour, (label, (x, y)) in zip(_palette(len(shares)), shares.items(), strict=True):
+            varies = len(x) and np.ptp(x) > 0 and np.ptp(y) > 0
+            r = f", r = {np.corrcoef(x, y)[0, 1]:.3f}" if varies else ""
+            _points(ax, x, y, colour, short(str(label)) + r)
+        ends = [0.0, max(float(share.max(initial=0)) for both in shares.values() for share in both)]
+        ax.plot(ends, ends, color="0.6", lw=0.8, zorder=0)
+        ax.set(
+            xlabel="real: share of cells with the peak open",
+            ylabel="synthetic",
+            title="Peak accessibility",
+        )
+        if len(shares) <= _NAMED:
+            ax.legend(frameon=False, fontsize=7, loc="upper left")
+    return ax
+
+
+def _palette(n_types: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    if n_types <= 10:
+        return [colormaps["tab10"](i) for i in range(n_types)]
+    return [colormaps["viridis"](i / (n_types - 1)) for i in range(n_types)]
 
 
 def _markers(means: NDArray, n_markers: int) -> NDArray[np.intp]:

@@ -307,7 +307,7 @@ def test_latents_of_scvi_are_checked(training):
 @needs_scvi
 @pytest.mark.parametrize("fit", [scvi_rival._fit_scvi, scvi_rival._fit_scanvi])
 def test_the_kl_warm_up_is_finished(fit, training):
-    with scvi_rival._isolated(0):
+    with scvi_rival.isolated(0):
         plan = fit(scvi_rival._annotated(training), 24).trainer.lightning_module
     assert plan.n_epochs_kl_warmup <= 6  # a quarter of the epochs, at most
     assert plan.kl_weight == 1.0

@@ -19,7 +19,7 @@ from scipy import sparse
 from cfgen_augment import diagnose, plot
 from cfgen_augment.report import write_report
 
-FIGURES = (plot.mean_variance, plot.zeros_per_cell, plot.markers)
+FIGURES = (plot.mean_variance, plot.zeros_per_cell, plot.markers, plot.accessibility)
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +145,31 @@ def test_markers_are_found_by_the_real_cells(ax):
 def test_genes_that_are_not_there(augmented, ax):
     with pytest.raises(KeyError, match="genes: expected names of genes of real; got CD3D"):
         plot.markers(augmented, label_key="cell_type", genes=["gene1", "CD3D"], ax=ax)
+
+
+def test_accessibility_is_the_share_of_open_cells_and_r_is_of_each_type(ax):
+    """Peaks that no cell has open would make any two sides look alike."""
+    random = np.random.default_rng(0)
+    opened = (random.random((120, 30)) < random.random(30)) * 3.0
+    opened[:, 20:] = 0
+    labels = np.repeat(["a", "b"], 60)
+    made = anndata.AnnData(
+        sparse.csr_matrix(opened),
+        obs=pd.DataFrame({"type": labels}, index=[str(i) for i in range(120)]),
+    )
+    made.obs["is_synthetic"] = np.arange(120) % 2 == 0
+    plot.accessibility(made, label_key="type", ax=ax)
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert len(ax.collections) == 2
+    for dots, label, name in zip(ax.collections, ["a", "b"], names, strict=True):
+        shares = np.stack(
+            [
+                (opened[(labels == label) & (np.arange(120) % 2 == side)] > 0).mean(axis=0)[:20]
+                for side in (1, 0)
+            ]
+        )
+        np.testing.assert_allclose(np.asarray(dots.get_offsets()).T, shares)
+        assert name == f"{label}, r = {np.corrcoef(shares)[0, 1]:.3f}"
 
 
 @pytest.fixture

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from benchmarks import figures
+from benchmarks.__main__ import main
 from benchmarks.arms import ARMS as BENCHMARK_ARMS
 from benchmarks.report import markdown_tables, write_report
 from benchmarks.report_data import ARMS, COLUMNS, OPTIONAL, in_order, read_results
@@ -270,6 +272,18 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(tmp_path, name):
     assert f"{file} is missing" in page.text
     assert len(page.tables) > 5
     assert markdown_tables(folder).count("|---|") >= 4
+
+
+def test_gain_against_frequency_is_a_file_for_every_setting(tmp_path):
+    folder = make_results(tmp_path)
+    with rc_context({"svg.fonttype": "none"}):
+        assert main(["figures", str(folder)]) == 0
+    drawn = {path.name: path.read_text() for path in (folder / "figures").iterdir()}
+    assert set(drawn) == {"fig5_LR_on_genes.svg", "fig5_kNN_k_10_on_pca.svg"}
+    for text in drawn.values():
+        assert "985 cells, 3 splits" in text
+        assert "python -m benchmarks run --data toy" in text
+        assert "pDC" not in text  # types are dots
 
 
 @pytest.mark.parametrize(

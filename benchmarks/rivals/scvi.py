@@ -47,7 +47,7 @@ Latents: TypeAlias = Literal["posterior", "prior"]
 
 _UNKNOWN = "not labelled"  # scANVI wants a name for cells without a type; there are none
 _TYPE = "type"
-_WARM_UP = 0.25  # share of the epochs over which the weight of the KL term grows to one
+WARM_UP = 0.25  # share of the epochs over which the weight of the KL term grows to one
 _STEPS = 8000  # minibatches of 128 that the epochs amount to, about, in large data
 
 
@@ -109,6 +109,26 @@ def batch_size(n_cells: int, wanted_size: int = 128) -> int:
     return size
 
 
+def fit(training: Training, max_epochs: int | None = None) -> Any:
+    """Train scVI, the type its batch key, for `draw`; parameters as of `scvi`.
+
+    Returns
+    -------
+    Module
+        The trained networks.
+    """
+    with isolated(training.seed):
+        return _train(training, max_epochs, _fit_scvi)
+
+
+def draw(training: Training, module: Any, latents: str = "posterior") -> New:
+    """Raw counts of the types wanted from what `fit` trained; parameters as of `scvi`."""
+    check_latents(latents)
+    # A stream of its own: not the one that training began with.
+    with isolated(int(np.random.SeedSequence([training.seed, 1]).generate_state(1)[0])):
+        return _draw(training, module, latents, _scvi_prior, batch_is_type=True)
+
+
 def _generate(
     training: Training,
     max_epochs: int | None,
@@ -118,35 +138,55 @@ def _generate(
     *,
     batch_is_type: bool,
 ) -> New:
-    """Fit, then draw latents, totals and counts, type by type."""
+    """Train, then draw."""
+    check_latents(latents)
+    if not wanted(training):
+        return nothing(training.cells.counts.shape[1])
+    with isolated(training.seed):
+        module = _train(training, max_epochs, fit)
+        return _draw(training, module, latents, prior, batch_is_type=batch_is_type)
+
+
+def check_latents(latents: str) -> None:
+    """Raise ValueError unless `latents` says where to draw them from."""
     if latents not in ("posterior", "prior"):
         raise ValueError(f"latents: expected 'posterior' or 'prior'; got {latents!r}.")
+
+
+def _train(training: Training, max_epochs: int | None, fit: Callable[[Any, int], Any]) -> Any:
+    return fit(_annotated(training), max_epochs or epochs(len(training.cells))).module.eval()
+
+
+def _draw(
+    training: Training,
+    module: Any,
+    latents: str,
+    prior: Callable[[Any, Tensor], Tensor],
+    *,
+    batch_is_type: bool,
+) -> New:
+    """Draw latents, totals and counts, type by type."""
     types = wanted(training)
-    if not types:
-        return nothing(training.cells.counts.shape[1])
     counts = training.cells.counts
-    with _isolated(training.seed):
-        adata = _annotated(training)
-        module = fit(adata, max_epochs or epochs(len(training.cells))).module.eval()
-        codes = {name: i for i, name in enumerate(adata.obs[_TYPE].cat.categories)}
-        random = np.random.default_rng(training.seed)
-        totals = total_counts(counts)
-        made = []
-        for name, rows, n in types:
-            drawn = random.choice(rows, n)
-            size = block_rows(counts.shape[1])
-            for picked in (drawn[start : start + size] for start in range(0, n, size)):
-                code = torch.full((len(picked), 1), codes[name])
-                batch = code if batch_is_type else torch.zeros_like(code)
-                depth = torch.from_numpy(totals[picked]).float().log()[:, None]
-                with torch.no_grad():
-                    if latents == "prior":
-                        z = prior(module, code)
-                    else:
-                        x = torch.from_numpy(dense_rows(counts, picked))
-                        z = module.inference(x=x, batch_index=batch)["z"]
-                    cells = module.generative(z=z, library=depth, batch_index=batch)["px"]
-                    made.append(sparse.csr_matrix(cells.sample().numpy().astype(np.float32)))
+    codes = {name: i for i, name in enumerate(training.cells.sizes())}
+    random = np.random.default_rng(training.seed)
+    totals = total_counts(counts)
+    made = []
+    for name, rows, n in types:
+        drawn = random.choice(rows, n)
+        size = block_rows(counts.shape[1])
+        for picked in (drawn[start : start + size] for start in range(0, n, size)):
+            code = torch.full((len(picked), 1), codes[name])
+            batch = code if batch_is_type else torch.zeros_like(code)
+            depth = torch.from_numpy(totals[picked]).float().log()[:, None]
+            with torch.no_grad():
+                if latents == "prior":
+                    z = prior(module, code)
+                else:
+                    x = torch.from_numpy(dense_rows(counts, picked))
+                    z = module.inference(x=x, batch_index=batch)["z"]
+                cells = module.generative(z=z, library=depth, batch_index=batch)["px"]
+                made.append(sparse.csr_matrix(cells.sample().numpy().astype(np.float32)))
     labels = np.repeat(np.array([name for name, _, _ in types]), [n for _, _, n in types])
     return New(sparse.vstack(made, format="csr", dtype=np.float32), labels)
 
@@ -199,7 +239,7 @@ def _trained(model: Any, max_epochs: int) -> Any:
         train_size=1.0,
         shuffle_set_split=False,  # there is no split, and shuffling reads a global seed
         batch_size=batch_size(model.adata.n_obs),
-        plan_kwargs={"n_epochs_kl_warmup": max(int(_WARM_UP * max_epochs), 1)},
+        plan_kwargs={"n_epochs_kl_warmup": max(int(WARM_UP * max_epochs), 1)},
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
@@ -208,7 +248,7 @@ def _trained(model: Any, max_epochs: int) -> Any:
 
 
 @contextlib.contextmanager
-def _isolated(seed: int) -> Iterator[None]:
+def isolated(seed: int) -> Iterator[None]:
     """Seed the global states that scvi-tools draws from and put them back; keep it quiet.
 
     Raises
