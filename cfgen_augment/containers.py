@@ -7,6 +7,7 @@ know which form it is.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,31 +28,32 @@ IN_X = "X"  # name of the modality that is not in obsm
 Frame = tuple[Any, list[list[str]], list[str]]
 
 
-class Container:
+class Container(ABC):
     """Annotated cells of one form; see `multimodal.adapt`."""
 
     n_cells: int
 
+    @abstractmethod
     def cells(self) -> CellMatrix | dict[str, CellMatrix]:
         """The counts, as `CFGen.fit` takes them; left on disk if they can be read there by row."""
-        raise TypeError(f"{type(self).__name__} is not a form by itself")
 
+    @abstractmethod
     def feature_names(self) -> NDArray | dict[str, NDArray]:
         """Names of the features, as `CFGen.fit` takes them."""
-        raise TypeError(f"{type(self).__name__} is not a form by itself")
 
+    @abstractmethod
     def obs_column(self, key: str, role: str) -> pd.Series:
         """The annotation `key` of the cells, in their order; raises KeyError without it."""
-        raise TypeError(f"{type(self).__name__} is not a form by itself")
 
+    @abstractmethod
     def check_extendable(self, key: str) -> None:
         """Check that cells can be added and marked in ``obs[key]``; raises ValueError."""
-        raise TypeError(f"{type(self).__name__} is not a form by itself")
 
+    @abstractmethod
     def frame(self, n_new: int, *, key: str, columns: Mapping[str, NDArray]) -> Frame:
         """The result of `append` but for its matrices, and where in a file they go."""
-        raise TypeError(f"{type(self).__name__} is not a form by itself")
 
+    @abstractmethod
     def append(
         self, new: Any, *, key: str = annotated.SYNTHETIC, columns: Mapping[str, NDArray]
     ) -> tuple[Any, str]:
@@ -76,15 +78,14 @@ class Container:
         note : str
             What to warn about, because it cannot hold for generated cells; empty if nothing.
         """
-        raise TypeError(f"{type(self).__name__} is not a form by itself")
 
     def names_of(self, result: Any) -> pd.Index:
         """Names of the cells of a result, in their order."""
         return result.obs_names
 
+    @abstractmethod
     def real(self) -> list[CellMatrix]:
         """The counts of every modality, with the cells in the order in which they are kept."""
-        raise TypeError(f"{type(self).__name__} is not a form by itself")
 
     def annotate(self, result: Any, document: Mapping[str, Any]) -> None:
         """Write provenance into the result's uns."""
