@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
 from cfgen_augment.counts import CellMatrix, check_cells, holds_presence, total_counts
 from cfgen_augment.likelihoods import uses_size_factor, value_kind
@@ -124,8 +125,13 @@ def check_like(modalities: Sequence[Modality], X: object, *, n_min: int = 1) -> 
     return matrices
 
 
-def _parts(X: object) -> dict[str | None, Any]:
-    if not isinstance(X, Mapping):
+def is_by_name(given: object) -> bool:
+    """Whether `given` has something for every name; SciPy's DOK matrices are mappings, too."""
+    return isinstance(given, Mapping) and not sparse.issparse(given)
+
+
+def _parts(X: Any) -> dict[str | None, Any]:
+    if not is_by_name(X):
         return {None: X}
     if not X or not all(isinstance(name, str) and name for name in X):
         raise ValueError(
@@ -175,14 +181,14 @@ def each(modalities: Sequence[Modality], given: Any, what: str) -> list[Any]:
         If there is a mapping where none is wanted, or the other way round.
     """
     if modalities[0].name is None:
-        if isinstance(given, Mapping):
+        if is_by_name(given):
             raise TypeError(
                 f"{what}: expected what a model of one matrix takes; got a mapping with "
                 f"{list(given)}. Pass the values themselves, or fit on a mapping."
             )
         return [given]
     names = [modality.name for modality in modalities]
-    if not isinstance(given, Mapping):
+    if not is_by_name(given):
         raise TypeError(
             f"{what}: expected a mapping with the modalities {names}; got {type(given).__name__}. "
             "Pass values by name."

@@ -271,8 +271,10 @@ def adapt(
     TypeError
         If `modalities` or a mapping of layers is given where it means nothing.
     """
+    from cfgen_augment.modalities import is_by_name  # imports torch
+
     several = _is_mudata(X) or (
-        isinstance(X, Mapping) and bool(X) and all(map(annotated.is_anndata, X.values()))
+        is_by_name(X) and bool(X) and all(map(annotated.is_anndata, X.values()))
     )
     if modalities is not None and not annotated.is_anndata(X):
         raise TypeError(

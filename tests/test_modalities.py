@@ -298,6 +298,12 @@ def test_the_same_seed_gives_the_same_cells_in_any_container(pair, quick):
     assert not same(quick.generate(wanted), again.generate(wanted, random_state=1))
 
 
+def test_a_matrix_that_is_a_mapping_is_a_matrix(pair):
+    """SciPy's dictionaries of keys."""
+    plain, dok = (small().fit(X, pair.labels) for X in (pair.counts, pair.counts.todok()))
+    assert np.array_equal(plain.encode(pair.counts.todok()), dok.encode(pair.counts))
+
+
 def test_blocks_and_shares_add_up_to_what_is_generated_at_once(quick):
     labels = ["A", "B", "C"] * 700
     whole = quick.generate(labels, random_state=5)
