@@ -413,7 +413,7 @@ def encoded(shared) -> dict[str, np.ndarray]:
     with torch.inference_mode():
         return {
             name: fitted.network_.autoencoder.encode(
-                torch.from_numpy(rows_of(training, name).astype(np.float32))
+                [torch.from_numpy(rows_of(training, name).astype(np.float32))]
             ).numpy()
             for name in training.to_add
         }
