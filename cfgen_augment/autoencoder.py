@@ -29,6 +29,11 @@ from cfgen_augment.minibatch import Minibatch
 
 Value = TypeVar("Value")
 
+# Features, beyond which the label keeps its weight beside the likelihood of a whole cell. The mean
+# over features thins out as features are added that tell little, as most of a genome or of all
+# peaks do; a label beside that mean would come to outweigh the cell.
+_FEATURES_OF_FULL_WEIGHT = 1_300
+
 
 def _mlp(widths: Sequence[int]) -> nn.Sequential:
     """Linear, batch norm and ELU between the `widths`; the last layer is linear alone."""
@@ -141,7 +146,8 @@ class Autoencoder(nn.Module):
         seen
             What the encoders see; None for `x` itself.
         label_weight
-            Weight of the mean cross-entropy of `label_head`, which is added.
+            Weight of the mean cross-entropy of `label_head`, which is added; with more than
+            1,300 features, it is less in proportion.
         """
         seen = x if seen is None else seen
         z = self._encode(
@@ -158,7 +164,8 @@ class Autoencoder(nn.Module):
         ]
         loss = reduce(torch.add, parts)
         if self.label_head is not None:
-            loss = loss + label_weight * F.cross_entropy(self.label_head(z), labels)
+            weight = label_weight * min(1.0, _FEATURES_OF_FULL_WEIGHT / self.n_features)
+            loss = loss + weight * F.cross_entropy(self.label_head(z), labels)
         return loss
 
     def _encode(self, inputs: Sequence[Tensor]) -> Tensor:

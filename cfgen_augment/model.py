@@ -88,6 +88,8 @@ class CFGen(TranslatingModel):
     label_weight : float
         Weight of telling labels apart in the autoencoder's loss: of the mean cross-entropy of a
         linear classifier on the latents, beside the mean negative log-likelihood of a count.
+        With more than 1,300 features it is 1,300 / features of that, which keeps the label's
+        weight beside the likelihood of a whole cell.
     attribute_dropout : float
         Share of training cells for which the flow sees no attribute.
     validation_fraction : float

@@ -15,7 +15,10 @@ from conftest import simulate
 from scipy import sparse
 
 from cfgen_augment import CFGen
+from cfgen_augment.autoencoder import Autoencoder
 from cfgen_augment.generation import Wanted
+from cfgen_augment.likelihoods import make_likelihood
+from cfgen_augment.minibatch import Minibatch
 from cfgen_augment.solver import make_solver
 from cfgen_augment.stages import encode_cells
 
@@ -216,6 +219,21 @@ def test_telling_labels_apart_draws_their_latents_apart(cells):
         return float(np.var(means, axis=0).sum() / within)
 
     assert separation(0.1) > 1.2 * separation(0.0)
+
+
+@pytest.mark.parametrize(("n_features", "expected"), [(10, 10), (1_300, 1_300), (5_200, 1_300)])
+def test_features_that_tell_little_do_not_make_the_label_outweigh_the_cell(n_features, expected):
+    model = Autoencoder(
+        [make_likelihood("gaussian", n_features)], [n_features], 4, [(8,)], n_labels=3
+    )
+    torch.nn.init.zeros_(model.label_head.weight)
+    torch.nn.init.zeros_(model.label_head.bias)
+    x, labels = Minibatch((6, n_features), torch.ones(6, n_features), None), torch.arange(6) % 3
+    with_label, alone = (
+        model.loss([x], [None], labels, label_weight=weight).item() for weight in (1.0, 0.0)
+    )
+    beside_a_cell = (with_label - alone) * n_features / np.log(3)
+    assert beside_a_cell == pytest.approx(expected, rel=1e-2)
 
 
 # ------------------------------------------------------------- every size and likelihood
