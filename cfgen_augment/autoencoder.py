@@ -20,7 +20,9 @@ from collections.abc import Sequence
 from functools import reduce
 from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,12 +37,45 @@ Value = TypeVar("Value")
 _FEATURES_OF_FULL_WEIGHT = 1_300
 
 
-def _mlp(widths: Sequence[int]) -> nn.Sequential:
+def _mlp(widths: Sequence[int], last: type[nn.Linear] = nn.Linear) -> nn.Sequential:
     """Linear, batch norm and ELU between the `widths`; the last layer is linear alone."""
     layers: list[nn.Module] = []
     for n_in, n_out in itertools.pairwise(widths[:-1]):
         layers += [nn.Linear(n_in, n_out), nn.BatchNorm1d(n_out), nn.ELU()]
-    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
+    return nn.Sequential(*layers, last(widths[-2], widths[-1]))
+
+
+class _Output(nn.Linear):
+    """A decoder's last layer, whose features need not all be learned at the same speed.
+
+    Adam's steps are as large for a gene with two counts in a minibatch as for one with two
+    thousand, and the thousands of rare ones overfit while the others still have far to go. While
+    there are `speeds`, the layer's weights are `weight` times them, and so its steps.
+    """
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out)
+        self.register_buffer("speeds", None, persistent=False)
+        self.speeds: Tensor | None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.speeds is None:
+            return super().forward(hidden)
+        return torch.addcmul(self.bias, F.linear(hidden, self.weight), self.speeds)
+
+    @torch.no_grad()
+    def start_at(self, output: Tensor, speeds: Tensor) -> None:
+        """Say the same of all cells: weights begin at zero."""
+        self.bias.copy_(output)
+        self.weight.zero_()
+        self.speeds = speeds
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Be a linear layer like any other."""
+        if self.speeds is not None:
+            self.weight.mul_(self.speeds[:, None])
+            self.speeds = None
 
 
 class Autoencoder(nn.Module):
@@ -77,7 +112,7 @@ class Autoencoder(nn.Module):
         self.widths = tuple(widths)
         self.n_latent = n_latent
         self.encoders = nn.ModuleList(_mlp(shape) for shape in shapes)
-        self.decoders = nn.ModuleList(_mlp(shape[::-1]) for shape in shapes)
+        self.decoders = nn.ModuleList(_mlp(shape[::-1], _Output) for shape in shapes)
         self.label_head = nn.Linear(n_latent, n_labels) if n_labels else None
         self.noise = nn.ModuleList(likelihoods)
 
@@ -92,9 +127,32 @@ class Autoencoder(nn.Module):
         return sum(self.widths)
 
     @property
-    def output_biases(self) -> list[nn.Parameter]:
-        """Bias of every decoder's last layer, each ``(n_features,)``."""
-        return [decoder[-1].bias for decoder in self.decoders]  # type: ignore[index]
+    def outputs(self) -> list[_Output]:
+        """Last layer of every decoder."""
+        return [decoder[-1] for decoder in self.decoders]  # type: ignore[index]
+
+    def start_at(
+        self, moments: Sequence[tuple[NDArray, NDArray]], totals: Sequence[NDArray]
+    ) -> None:
+        """Start noise models and decoders from the data's moments, on the CPU.
+
+        Parameters
+        ----------
+        moments
+            Per modality, mean and variance of every feature.
+        totals
+            Per modality, total counts of the cells, ones where it has no size factor.
+        """
+        every = zip(self.likelihoods, self.outputs, moments, totals, strict=True)
+        for likelihood, output, (mean, variance), own in every:
+            start = likelihood.initialise(mean, variance, own)
+            output.start_at(start, likelihood.speeds(mean))
+
+    def finish(self, cells: NDArray[np.int64]) -> None:
+        """End of training on labels with so many `cells` each, ``(n_labels,)``."""
+        for likelihood, output in zip(self.likelihoods, self.outputs, strict=True):
+            likelihood.pool(cells)
+            output.finish()
 
     def log_sizes(self, log_size: Tensor | None) -> list[Tensor | None]:
         """Log size factors ``(n, n_sizes)`` as one column per modality; None where it has none."""

@@ -10,7 +10,6 @@ Symbols: ``x`` counts, ``mu`` mean, ``theta`` inverse dispersion, ``l`` size fac
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 
@@ -25,9 +24,10 @@ from cfgen_augment.draws import draw_counts
 from cfgen_augment.minibatch import Minibatch
 from cfgen_augment.nb_loss import nb_loss
 
-logger = logging.getLogger(__name__)
-
 _LOG_THETA_RANGE = (-10.0, 10.0)  # beyond, float32 cannot tell the model from its limits
+
+_MOST_PRESENT = 0.99  # of all features, a cell has at most
+_SHIFT_STEPS = 6
 
 _POOLING_CELLS = 50.0  # a label's own dispersion weighs as much as the pooled one at this size
 
@@ -42,7 +42,7 @@ class Likelihood(nn.Module):
     values : {"count", "binary", "real"}
         What the data must look like.
     uses_size_factor : bool
-        Whether the mean is a composition scaled by the cell's total count.
+        Whether the cell's total count scales its mean, or its odds.
     """
 
     values: ValueKind = "count"
@@ -59,6 +59,14 @@ class Likelihood(nn.Module):
             Total count of each training cell, shape ``(n_cells,)``.
         """
         raise TypeError(f"{type(self).__name__} is not a noise model by itself")
+
+    def speeds(self, mean: np.ndarray) -> Tensor:
+        """How fast features of a `mean` ``(n_features,)`` are learned, relative, up to 1.
+
+        As the square root of their counts, which is how much a minibatch tells of them beside
+        its noise; from one count per cell on there is less and less to be gained by waiting.
+        """
+        return torch.as_tensor(np.sqrt(mean / (1.0 + mean)), dtype=torch.float32)
 
     def encoder_input(self, x: Tensor) -> Tensor:
         """What the encoder sees: ``log(1 + x)`` for counts; of which zero must give zero."""
@@ -81,6 +89,10 @@ class Likelihood(nn.Module):
         """
         return -self.log_prob(x.dense(), self.natural(output, log_size), group).mean()
 
+    def pool(self, cells: np.ndarray) -> None:
+        """Make what is known of labels with few `cells`, ``(n_labels,)``, more like all others'."""
+        return None
+
     def sample(
         self,
         output: Tensor,
@@ -101,6 +113,11 @@ class Likelihood(nn.Module):
             Source of randomness, on the device of `output`.
         """
         raise TypeError(f"{type(self).__name__} is not a noise model by itself")
+
+    def _given(self, log_size: Tensor | None) -> Tensor:
+        if log_size is None:
+            raise ValueError(f"{type(self).__name__} needs the cells' size factors")
+        return log_size
 
 
 class _Composition(Likelihood):
@@ -133,11 +150,6 @@ class _Composition(Likelihood):
         # Profile and size stay apart: their product is needed only where an event falls.
         profile = torch.softmax(output, dim=-1)
         return draw_counts(profile, size, theta, row, generator=generator)
-
-    def _given(self, log_size: Tensor | None) -> Tensor:
-        if log_size is None:
-            raise ValueError(f"{type(self).__name__} needs the cells' size factors")
-        return log_size
 
     def _dispersion(self, group: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Inverse dispersions ``(n_groups, n_features)``, and the row of them for every cell."""
@@ -177,37 +189,16 @@ class NegativeBinomial(_Composition):
         return super().initialise(mean, variance, totals)
 
     @torch.no_grad()
-    def match_variance(self, cells: np.ndarray, excess: np.ndarray, square: np.ndarray) -> None:
-        r"""Set the dispersion so that generated cells vary as much as real ones (moments).
-
-        Maximum likelihood leaves the marginal variance off by up to a tenth: the decoder's mean
-        follows part of each cell's own counting noise, and real counts are not quite negative
-        binomial. Matching ``Var[x] = Var[mu] + E[mu] + E[mu^2] / theta`` within labels gives
-
-        .. math:: 1 / \theta = \frac{\sum (x - \bar x)^2 - \sum (\mu - \bar\mu)^2 - \sum \mu}
-            {\sum \mu^2} .
-
-        Parameters
-        ----------
-        cells
-            Cells per label, shape ``(n_labels,)``.
-        excess, square
-            Numerator and denominator per label and gene, each ``(n_labels, n_features)``.
-        """
-        tiny = np.finfo(np.float64).tiny
-        pooled = excess.sum(axis=0) / np.maximum(square.sum(axis=0), tiny)
-        inverse = pooled[None]
-        if self.log_theta.shape[0] > 1:
-            # A variance from few cells is noise: a label's own counts as much as its cells.
-            own = excess / np.maximum(square, tiny)
-            trust = (cells / (cells + _POOLING_CELLS))[:, None]
-            inverse = trust * own + (1.0 - trust) * pooled
-        low, high = _LOG_THETA_RANGE
-        logger.info(
-            "dispersion: %.0f%% of genes are Poisson", 100 * np.mean(pooled <= math.exp(-high))
-        )
-        log_theta = -np.log(np.clip(inverse, math.exp(-high), math.exp(-low)))
-        self.log_theta.copy_(torch.as_tensor(log_theta))
+    def pool(self, cells: np.ndarray) -> None:
+        """Pool the dispersions of labels with few cells, see `Likelihood.pool`."""
+        if self.log_theta.shape[0] == 1:
+            return
+        # What few cells say of a gene's dispersion is noise: a label's own counts as much as it
+        # has cells.
+        of_label = torch.as_tensor(cells, dtype=self.log_theta.dtype, device=self.log_theta.device)
+        shared = (of_label / of_label.sum()) @ self.log_theta
+        trust = (of_label / (of_label + _POOLING_CELLS))[:, None]
+        self.log_theta.copy_(trust * self.log_theta + (1.0 - trust) * shared)
 
     def _log_theta(self, group: Tensor | None) -> Tensor:
         log_theta = self.log_theta.clamp(*_LOG_THETA_RANGE)
@@ -268,18 +259,67 @@ class Poisson(_Composition):
 
 
 class Bernoulli(Likelihood):
-    """Presence or absence, ``P(x = 1) = sigmoid(output)``; for binarised ATAC peaks."""
+    r"""Presence or absence, for binarised ATAC peaks; the size factor is how many are present.
+
+    .. math:: \mathrm{logit}\, P(x_j = 1) = h(z)_j + c, \qquad \sum_j P(x_j = 1) = l
+
+    Deep cells have more peaks open, whatever their state: here the size factor says so, as it does
+    for counts, and the latent need not. The paper has no size factor in it.
+
+    Peaks can be dealt out to encoder and likelihood like molecules, see `Minibatch.split`: where
+    the encoder has not seen a peak open, the odds of its being open in the other part are the
+    whole cell's times a constant, which goes into :math:`c`.
+    """
 
     values = "binary"
+    uses_size_factor = True
 
     def initialise(self, mean: np.ndarray, variance: np.ndarray, totals: np.ndarray) -> Tensor:
         """Start from the data's moments, see `Likelihood.initialise`."""
         present = (mean * len(totals) + 0.5) / (len(totals) + 1.0)
         return torch.as_tensor(np.log(present / (1.0 - present)), dtype=torch.float32)
 
+    def natural(self, output: Tensor, log_size: Tensor | None) -> Tensor:
+        """Logit of presence, ``output + c``."""
+        return output + self._shift(output, self._given(log_size))
+
+    @staticmethod
+    @torch.no_grad()
+    def _shift(output: Tensor, log_size: Tensor) -> Tensor:
+        """What is to be added for as many to be present as the size says, ``(n, 1)``.
+
+        Without a gradient, and none is missing: the likelihood does not change with the shift
+        where the expected total is the observed one.
+        """
+        size = log_size.exp().clamp_max(_MOST_PRESENT * output.shape[1])
+        shift = size.log() - output.logsumexp(dim=1, keepdim=True)
+        for _ in range(_SHIFT_STEPS):  # of Newton's; from where all odds add up to the size
+            present = torch.sigmoid(output + shift)
+            expected = present.sum(dim=1, keepdim=True)
+            slope = expected - present.square_().sum(dim=1, keepdim=True)
+            shift += ((size - expected) / slope.clamp_min(1e-6)).clamp_(-3.0, 3.0)
+        return shift
+
     def log_prob(self, x: Tensor, natural: Tensor, group: Tensor | None = None) -> Tensor:
         """``x log p + (1 - x) log(1 - p)`` with ``natural = logit p``."""
         return -F.binary_cross_entropy_with_logits(natural, x, reduction="none")
+
+    def loss(
+        self, x: Minibatch, output: Tensor, log_size: Tensor | None, group: Tensor | None = None
+    ) -> Tensor:
+        """Mean of ``-log_prob``, see `Likelihood.loss`.
+
+        Stored zeros are peaks that a split has dealt to the encoder: their absence here tells
+        nothing, so they have no term and no part in the total.
+        """
+        assert x.at is not None
+        known = x.at[x.values == 0]
+        if len(known):
+            output = output.flatten().index_fill(0, known, -math.inf).view(x.shape)
+        natural = self.natural(output, log_size)
+        return (
+            F.softplus(natural).sum() - (x.gather(natural)[x.values > 0]).sum()
+        ) / output.numel()
 
     @torch.no_grad()
     def sample(
@@ -292,8 +332,9 @@ class Bernoulli(Likelihood):
     ) -> sparse.csr_matrix:
         """Draw one cell per row, see `Likelihood.sample`."""
         # Present is what has any event at a rate of -log(1 - p), which is softplus(logit).
+        rate = F.softplus(self.natural(output, log_size))
         one = torch.ones((len(output), 1), device=output.device)
-        return draw_counts(F.softplus(output), one, generator=generator, ceiling=1)
+        return draw_counts(rate, one, generator=generator, ceiling=1)
 
 
 class Gaussian(Likelihood):
@@ -320,6 +361,10 @@ class Gaussian(Likelihood):
             self.feature_scale.copy_(torch.as_tensor(scale))
             self.log_scale.zero_()
         return torch.zeros(len(mean))
+
+    def speeds(self, mean: np.ndarray) -> Tensor:
+        """All the same: features are standardised."""
+        return torch.ones(len(mean))
 
     def encoder_input(self, x: Tensor) -> Tensor:
         """Standardised features."""

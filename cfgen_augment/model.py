@@ -26,7 +26,7 @@ from cfgen_augment.parameters import RandomState, check_parameters, entropy, pai
 from cfgen_augment.processes import launched
 from cfgen_augment.size_factors import SizeFactors
 from cfgen_augment.solver import check_solver
-from cfgen_augment.stages import encode_cells, match_dispersion, train_autoencoder, train_flow
+from cfgen_augment.stages import encode_cells, train_autoencoder, train_flow
 from cfgen_augment.training import Schedule, hold_out, resolve_device
 from cfgen_augment.translation import TranslatingModel
 
@@ -334,7 +334,6 @@ class CFGen(TranslatingModel):
                 processes=processes,
             )
         }
-        match_dispersion(network.autoencoder, matrices, codes[:, 0], totals, device, processes)
         latents = network.standardise(
             encode_cells(network.autoencoder, matrices, device, processes)
         )

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
 from torch import Tensor
 
 from cfgen_augment.autoencoder import Autoencoder
 from cfgen_augment.counts import CellMatrix, dense_rows, feature_moments
 from cfgen_augment.flow import VelocityField, drop_attributes, flow_matching_loss
-from cfgen_augment.likelihoods import NegativeBinomial
 from cfgen_augment.minibatch import supply
 from cfgen_augment.processes import ALONE, Processes
 from cfgen_augment.stored import buffers, keep, side_by_side
@@ -24,7 +23,8 @@ from cfgen_augment.training import History, Schedule, initialise, minibatches, s
 _BLOCK_VALUES = 1 << 20  # dense entries that exist at a time outside of training
 _FEWEST_ROWS = 128
 
-_DISPERSION_SPEED = 50.0  # learning rate of the noise model's own parameters, relative
+_NOISE_RATE = 0.1  # learning rate of the noise models' own parameters
+_NOISE_STEPS = 300  # minibatches they get to themselves
 _POOLED_SHARE = (
     0.5  # of the cells the flow is trained on that see no more than their label's centre
 )
@@ -46,9 +46,8 @@ def autoencoder_optimizer(model: Autoencoder, learning_rate: float) -> torch.opt
     parameters: list[dict[str, Any]] = [{"params": network, "lr": learning_rate}]
     if own:
         # At the network's rate the dispersion is still near its start when the mean has long
-        # converged, and synthetic cells come out too variable.
-        fast = learning_rate * _DISPERSION_SPEED
-        parameters.append({"params": own, "lr": fast, "weight_decay": 0.0})
+        # converged.
+        parameters.append({"params": own, "lr": _NOISE_RATE, "weight_decay": 0.0})
     return torch.optim.AdamW(parameters, weight_decay=1e-5, fused=True)
 
 
@@ -95,11 +94,9 @@ def train_autoencoder(
         Those that train together: each minibatch is shared out among them.
     """
     initialise(model, seeded(random, torch.device("cpu")))
-    columns = iter(totals.T)
-    for own, matrix, bias in zip(model.likelihoods, X, model.output_biases, strict=True):
-        depth = next(columns) if own.uses_size_factor else np.ones(len(totals))
-        with torch.no_grad():
-            bias.copy_(own.initialise(*feature_moments(matrix), depth))
+    columns, none = iter(totals.T), np.ones(len(totals))
+    depths = [next(columns) if own.uses_size_factor else none for own in model.likelihoods]
+    model.start_at([feature_moments(matrix) for matrix in X], depths)
     model.to(device)
     held_here = held_out[processes.share(len(held_out))]
     X = [keep(matrix, held_here) for matrix in X]
@@ -107,7 +104,7 @@ def train_autoencoder(
     supplies = [supply(matrix, kind, device) for matrix, kind in zip(X, kinds, strict=True)]
     log_totals = torch.as_tensor(np.log(totals), dtype=torch.float32, device=device)
     label_codes = torch.as_tensor(labels, device=device)
-    split = [i for i, kind in enumerate(kinds) if count_splitting and kind == "count"]
+    split = [i for i, kind in enumerate(kinds) if count_splitting and kind != "real"]
     # Cells of different processes are not split alike.
     training_seed, validation_seed = (int(seed) for seed in random.integers(2**62, size=2))
     draws = torch.Generator(device).manual_seed(training_seed + processes.rank)
@@ -134,71 +131,53 @@ def train_autoencoder(
             total += mean_loss(part, generator) * len(part)
         return float(processes.sum(total)) / len(held_out)
 
+    go = partial(
+        train,
+        loss=loss,
+        validate=validate,
+        random=random,
+        verbose=verbose,
+        groups=partial(buffers, X[0], beside=X[1:]),
+        processes=processes,
+    )
     with processes.whole_minibatches(model):
-        return train(
+        history = go(
             model,
-            loss,
-            validate,
             rows=rows,
             optimizer=autoencoder_optimizer(model, schedule.learning_rate),
             schedule=schedule,
-            random=random,
             description="autoencoder",
-            verbose=verbose,
-            groups=partial(buffers, X[0], beside=X[1:]),
-            processes=processes,
         )
+    _settle_noise(model, go, rows, schedule.batch_size, random)
+    model.finish(np.bincount(labels))
+    return history
 
 
-@torch.inference_mode()
-def match_dispersion(
+def _settle_noise(
     model: Autoencoder,
-    X: Sequence[CellMatrix],
-    labels: NDArray[np.int64],
-    totals: NDArray[np.float64],
-    device: torch.device,
-    processes: Processes = ALONE,
+    go: Callable[..., History],
+    rows: NDArray[np.intp],
+    batch_size: int,
+    random: np.random.Generator,
 ) -> None:
-    """Set the noise models' dispersion by the second moments of cells within labels.
+    """Train the noise models' own parameters to their end, on what the network now says.
 
-    See `NegativeBinomial.match_variance`; accumulates block by block. Other noise models have no
-    dispersion to set.
+    The network stops where it is best on held-out cells, which may be long before a dispersion
+    has come all the way from its start; synthetic cells would be too variable, or too little.
     """
-    dispersed = {
-        i: likelihood
-        for i, likelihood in enumerate(model.likelihoods)
-        if isinstance(likelihood, NegativeBinomial)
-    }
-    if not dispersed:
+    if not list(model.noise.parameters()):
         return
-    n_labels = int(labels.max()) + 1
-    # Of x, x^2, mu, mu^2.
-    sums = {i: np.zeros((4, n_labels, model.widths[i])) for i in dispersed}
-    share = processes.share(len(labels))
-    for rows, blocks in side_by_side(X, block_rows(model.n_features), share):
-        x = [dense_rows(block, slice(None)) for block in blocks]
-        log_size = torch.as_tensor(np.log(totals[rows]), dtype=torch.float32, device=device)
-        latents = model.encode([torch.from_numpy(own).to(device) for own in x])
-        membership = sparse.csr_matrix(
-            (np.ones(len(latents)), (labels[rows], np.arange(len(latents)))),
-            shape=(n_labels, len(latents)),
-        )
-        for i, size in enumerate(model.log_sizes(log_size)):
-            if i not in dispersed:
-                continue
-            output = model.decoders[i](latents)
-            mu = dispersed[i].natural(output, size).exp().cpu().numpy()
-            sums[i][0] += membership @ x[i]
-            sums[i][1] += membership @ np.square(x[i])
-            sums[i][2] += membership @ mu
-            sums[i][3] += membership @ np.square(mu)
-    cells = np.bincount(labels, minlength=n_labels).astype(np.float64)
-    for i, likelihood in dispersed.items():
-        summed = processes.sum(torch.from_numpy(sums[i]).to(device)).cpu().numpy()
-        sum_x, x_square, sum_mu, mu_square = summed
-        within_x = x_square - sum_x**2 / cells[:, None]
-        within_mu = mu_square - sum_mu**2 / cells[:, None]
-        likelihood.match_variance(cells, within_x - within_mu - sum_mu, mu_square)
+    model.requires_grad_(False)
+    model.noise.requires_grad_(True)
+    rows = np.sort(random.permutation(rows)[: _NOISE_STEPS * batch_size])
+    epochs = math.ceil(_NOISE_STEPS * batch_size / len(rows))
+    go(
+        model.noise,
+        rows=rows,
+        optimizer=torch.optim.Adam(model.noise.parameters(), lr=_NOISE_RATE),
+        schedule=Schedule(_NOISE_RATE, epochs, batch_size, patience=epochs),
+        description="dispersion",
+    )
 
 
 @torch.inference_mode()

@@ -32,7 +32,7 @@ class Schedule:
     max_epochs, batch_size
         Passes over the training rows, and the largest minibatch.
     patience
-        Epochs without a better held-out loss before stopping.
+        Epochs without a better held-out loss before stopping, see `train`.
     """
 
     learning_rate: float
@@ -179,7 +179,9 @@ def train(
 ) -> History:
     """Minimise `loss` over minibatches, stop early, and restore the best weights.
 
-    The learning rate follows `annealed`.
+    The learning rate follows `annealed`. To stop early is to go back to the best weights, and to
+    anneal from there within as many epochs as were waited for better ones: at a rate that is still
+    high, what was learned is hidden behind the noise of its steps.
 
     Parameters
     ----------
@@ -217,9 +219,15 @@ def train(
         If the loss is not finite, naming the epoch.
     """
     max_epochs = schedule.max_epochs
-    annealing = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda epoch: annealed(epoch, max_epochs)
-    )
+    winding_up: range | None = None  # epochs after an early stop
+    highest = 1.0  # rate that they start at, relative
+
+    def rate(epoch: int) -> float:
+        if winding_up is None:
+            return annealed(epoch, max_epochs)
+        return highest * annealed(epoch - winding_up.start, max(len(winding_up), 1))
+
+    annealing = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     history = History()
     best = math.inf
     best_weights: dict[str, Tensor] = {}
@@ -234,7 +242,6 @@ def train(
             descend(module, loss(batch), optimizer, processes)
             for batch in itertools.chain.from_iterable(batches)
         ]
-        annealing.step()
         module.eval()
         with torch.no_grad():
             validation = validate()
@@ -252,8 +259,13 @@ def train(
             best = validation
             history.best_epoch = epoch
             best_weights = {name: w.detach().clone() for name, w in module.state_dict().items()}
-        elif epoch - history.best_epoch >= schedule.patience:
+        elif winding_up is None and epoch - history.best_epoch >= schedule.patience:
+            winding_up = range(epoch + 1, min(epoch + 1 + schedule.patience, max_epochs))
+            highest = annealed(history.best_epoch, max_epochs)
+            module.load_state_dict(best_weights)
+        if winding_up is not None and epoch + 1 == winding_up.stop:
             break
+        annealing.step()
     progress.close()
     module.load_state_dict(best_weights)
     logger.info(
