@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
+import numpy as np
 import pandas as pd
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -22,7 +23,7 @@ from benchmarks.data import load
 from benchmarks.hardware import hardware
 from benchmarks.realism import compare, to_markdown
 from benchmarks.speed.reference import thousandfold
-from cfgen_augment import CFGen, flow, model, stages, training
+from cfgen_augment import CFGen, flow, likelihoods, stages, training
 
 EMA_DECAY = 0.999
 
@@ -49,19 +50,20 @@ def averaged_flow() -> Iterator[None]:
 
 
 @contextmanager
-def maximum_likelihood_dispersion() -> Iterator[None]:
-    """Leave the dispersion where maximum likelihood put it."""
-    with mock.patch.object(model, "match_dispersion", return_value=None):
+def unsettled_dispersion() -> Iterator[None]:
+    """Leave the dispersion where it was when the network was best."""
+    with mock.patch.object(stages, "_settle_noise"):
         yield
 
 
 @contextmanager
-def slow_dispersion() -> Iterator[None]:
-    """Also train the dispersion at the network's own learning rate."""
-    with (
-        mock.patch.object(model, "match_dispersion", return_value=None),
-        mock.patch.object(stages, "_DISPERSION_SPEED", 1.0),
-    ):
+def one_speed() -> Iterator[None]:
+    """Learn rare features as fast as common ones."""
+
+    def ones(_: likelihoods.Likelihood, mean: np.ndarray) -> torch.Tensor:
+        return torch.ones(len(mean))
+
+    with mock.patch.object(likelihoods.Likelihood, "speeds", ones):
         yield
 
 
@@ -80,8 +82,8 @@ def unchanged() -> Iterator[None]:
 
 ARMS = {
     "defaults": (unchanged, {}),
-    "dispersion by maximum likelihood": (maximum_likelihood_dispersion, {}),
-    "... at the network's learning rate": (slow_dispersion, {}),
+    "dispersion not settled": (unsettled_dispersion, {}),
+    "all genes learned at one speed": (one_speed, {}),
     "dispersion per label and gene": (unchanged, {"dispersion": "gene-label"}),
     "flow does not see the size factor": (unchanged, {"condition_on_size_factor": False}),
     "moving average of flow weights": (averaged_flow, {}),

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cfgen_augment import __version__
 
-FORMAT = 3
+FORMAT = 4
 WEIGHTS = "weights.safetensors"
 CONFIG = "config.json"
 _RECORDED = ("torch", "numpy", "scipy", "safetensors")

@@ -28,6 +28,7 @@ _LOG_THETA_RANGE = (-10.0, 10.0)  # beyond, float32 cannot tell the model from i
 
 _MOST_PRESENT = 0.99  # of all features, a cell has at most
 _SHIFT_STEPS = 6
+_NEVER = -1e4  # logit of what cannot be; infinity would make cells of nothing else undefined
 
 _POOLING_CELLS = 50.0  # a label's own dispersion weighs as much as the pooled one at this size
 
@@ -291,13 +292,17 @@ class Bernoulli(Likelihood):
         Without a gradient, and none is missing: the likelihood does not change with the shift
         where the expected total is the observed one.
         """
-        size = log_size.exp().clamp_max(_MOST_PRESENT * output.shape[1])
-        shift = size.log() - output.logsumexp(dim=1, keepdim=True)
-        for _ in range(_SHIFT_STEPS):  # of Newton's; from where all odds add up to the size
+        n_features = output.shape[1]
+        share = (log_size.exp() / n_features).clamp_max(_MOST_PRESENT)
+        shift = (share * n_features).log() - output.logsumexp(dim=1, keepdim=True)
+        for _ in range(_SHIFT_STEPS):
+            # Newton's for the logit of the share, nearly linear at either end; one step does
+            # where few are present.
             present = torch.sigmoid(output + shift)
-            expected = present.sum(dim=1, keepdim=True)
-            slope = expected - present.square_().sum(dim=1, keepdim=True)
-            shift += ((size - expected) / slope.clamp_min(1e-6)).clamp_(-3.0, 3.0)
+            found = present.mean(dim=1, keepdim=True)
+            slope = found - present.square_().mean(dim=1, keepdim=True)
+            away = (share.logit() - found.logit(1e-9)) * found * (1.0 - found)
+            shift += (away / slope.clamp_min(1e-9)).clamp_(-3.0, 3.0)
         return shift
 
     def log_prob(self, x: Tensor, natural: Tensor, group: Tensor | None = None) -> Tensor:
@@ -315,7 +320,7 @@ class Bernoulli(Likelihood):
         assert x.at is not None
         known = x.at[x.values == 0]
         if len(known):
-            output = output.flatten().index_fill(0, known, -math.inf).view(x.shape)
+            output = output.flatten().index_fill(0, known, _NEVER).view(x.shape)
         natural = self.natural(output, log_size)
         return (
             F.softplus(natural).sum() - (x.gather(natural)[x.values > 0]).sum()

@@ -20,6 +20,7 @@ from cfgen_augment.likelihoods import (
     make_likelihood,
     value_kind,
 )
+from cfgen_augment.minibatch import Minibatch
 
 MEANS = np.array([1e-4, 0.1, 1.0, 10.0, 300.0, 1e4])
 ALPHA = 1e-4  # a right sampler fails a test once in ten thousand seeds; the seeds are fixed
@@ -201,12 +202,56 @@ def test_the_goodness_of_fit_test_can_fail():
     assert chi_square_p(drawn, scipy_nb(10.0, 200.0)) < ALPHA
 
 
-@pytest.mark.parametrize("logit", [-4.0, 0.0, 2.0, 5.0])
-def test_bernoulli_draws(logit, way):
-    drawn = Bernoulli().sample(torch.full((200, 200), logit), None, generator=seeded())
-    p = stats.logistic.cdf(logit)
+@pytest.mark.parametrize("present", [4.0, 100.0, 190.0])
+def test_bernoulli_draws(present, way):
+    log_size = torch.full((200, 1), present).log()
+    drawn = Bernoulli().sample(torch.zeros(200, 200), log_size, generator=seeded())
     assert set(drawn.data.tolist()) == {1}
-    assert stats.binomtest(drawn.nnz, 40_000, p).pvalue > ALPHA
+    assert stats.binomtest(drawn.nnz, 40_000, present / 200).pvalue > ALPHA
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0, 900.0, 1_900.0])
+@pytest.mark.parametrize(("spread", "level"), [(0.5, -7.0), (2.0, -5.0), (4.0, 3.0)])
+def test_as_many_are_present_as_the_size_factor_says(size, spread, level):
+    output = spread * torch.randn(4, 2_000, generator=seeded()) + level
+    output[:, 0] = 8.0  # present in nearly every cell
+    natural = Bernoulli().natural(output, torch.full((4, 1), size).log())
+    np.testing.assert_allclose(torch.sigmoid(natural).sum(dim=1), size, rtol=5e-3)
+    ratio = natural - output
+    torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio))  # odds keep their ratios
+
+
+def test_a_size_factor_beyond_the_features_has_nearly_all_present():
+    natural = Bernoulli().natural(torch.randn(2, 50, generator=seeded()), torch.full((2, 1), 9.0))
+    assert torch.isfinite(natural).all()
+    assert (torch.sigmoid(natural).sum(dim=1) > 45).all()
+
+
+def test_dealing_out_peaks_leaves_the_likelihood_its_optimum():
+    """Odds that made the cells also do best on the part that the encoder did not see."""
+    generator = seeded()
+    truth = torch.tensor([2.0, 0.0, -1.0, -2.0, -3.0]).repeat(40)[None].expand(3_000, -1)
+    x = torch.bernoulli(torch.sigmoid(truth), generator=generator)
+    cells = Minibatch.of(
+        sparse.csr_matrix(x.numpy()), np.arange(3_000), "binary", torch.device("cpu")
+    )
+    rest = cells.split(generator)[1]
+    model, scale = Bernoulli(), torch.tensor(1.0, requires_grad=True)
+    centred = truth - truth.mean()
+    loss = model.loss(rest, scale * centred, rest.log_totals())
+    (slope,) = torch.autograd.grad(loss, scale)
+    assert abs(float(slope)) < 2e-3
+    for wrong in (0.9, 1.1):
+        assert model.loss(rest, wrong * centred, rest.log_totals()) > loss + 2e-4
+
+
+def test_a_cell_whose_every_peak_went_to_the_encoder_has_a_loss():
+    x = Minibatch((1, 3), torch.zeros(3), torch.arange(3))
+    output = torch.zeros(1, 3, requires_grad=True)
+    loss = Bernoulli().loss(x, output, torch.zeros(1, 1))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert not output.grad.any()
 
 
 def test_gaussian_draws():
@@ -276,7 +321,7 @@ def test_dispersion_of_the_group_shapes_the_draws(way):
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_draws_follow_the_generator_and_leave_global_state_alone(name, way):
-    model, natural = make_likelihood(name, 6), mixed_block()[1][:50].clamp(min=-20.0)
+    model, natural = make_likelihood(name, 6), mixed_block()[1][2:50].clamp(min=-20.0, max=0.5)
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
     first, again, other = (draw(model, natural, seed=s) for s in (5, 5, 6))
     dense = [x.toarray() if sparse.issparse(x) else x for x in (first, again, other)]
@@ -342,38 +387,23 @@ def test_gaussian_start_standardises_and_owes_nothing_to_uninitialised_memory():
     assert torch.isfinite(model.log_prob(x, x)).all()
 
 
-def second_moments(x, mu, labels):
-    """Excess variance and mean square within labels, as the training stage sums them up."""
-    excess, square = [], []
-    for label in np.unique(labels):
-        own, mean = x[labels == label], mu[labels == label]
-        excess.append(len(own) * (own.var(axis=0) - mean.var(axis=0)) - mean.sum(axis=0))
-        square.append((mean**2).sum(axis=0))
-    return np.bincount(labels).astype(float), np.array(excess), np.array(square)
+def test_dispersions_of_small_labels_are_pooled():
+    model = NegativeBinomial(2, 3)
+    own = torch.tensor([[0.0, 2.0], [1.0, 0.0], [9.0, -9.0]])
+    model.log_theta.data = own.clone()
+    model.pool(np.array([20_000, 20_000, 2]))
+    torch.testing.assert_close(model.log_theta.data[:2], own[:2], atol=0.01, rtol=0)
+    torch.testing.assert_close(model.log_theta.data[2], torch.tensor([0.5, 1.0]), atol=0.45, rtol=0)
+    shared = NegativeBinomial(2)
+    shared.pool(np.array([5]))
+    assert shared.log_theta.tolist() == [[0.0, 0.0]]
 
 
-def test_match_variance_recovers_the_dispersion_and_pools_small_labels():
-    rng = np.random.default_rng(0)
-    theta = np.array([[0.5, 4.0], [2.0, 1.0], [8.0, 8.0]])
-    labels = np.repeat([0, 1, 2], [20_000, 20_000, 2])
-    mu = rng.uniform(1.0, 3.0, size=(len(labels), 2))
-    x = rng.poisson(rng.gamma(theta[labels], mu / theta[labels]))
-    cells, excess, square = second_moments(x, mu, labels)
-    own, shared = NegativeBinomial(2, 3), NegativeBinomial(2)
-    for model in (own, shared):
-        model.match_variance(cells, excess, square)
-    inverse = 1.0 / theta[:2]
-    fitted = (-own.log_theta.detach()).exp().numpy()
-    pooled = (-shared.log_theta.detach()).exp().numpy()
-    np.testing.assert_allclose(fitted[:2], inverse, rtol=0.1)
-    np.testing.assert_allclose(pooled[0], inverse.mean(axis=0), rtol=0.1)
-    np.testing.assert_allclose(fitted[2], pooled[0], rtol=0.3)
-
-
-def test_match_variance_of_underdispersed_and_absent_genes_ends_at_poisson():
-    model = NegativeBinomial(2)
-    model.match_variance(np.array([9.0]), np.array([[-5.0, 0.0]]), np.array([[30.0, 0.0]]))
-    assert model.log_theta.tolist() == [[10.0, 10.0]]
+def test_features_are_learned_as_fast_as_their_counts_tell():
+    mean = np.array([0.0, 0.01, 1.0, 100.0])
+    speeds = NegativeBinomial(4).speeds(mean)
+    np.testing.assert_allclose(speeds, [0.0, 0.0995, 0.707, 0.995], atol=1e-3)
+    assert Gaussian(4).speeds(mean).tolist() == [1.0] * 4
 
 
 # -------------------------------------------------------------------- naming

@@ -147,7 +147,7 @@ def test_a_cell_deep_in_one_modality_is_deep_in_the_other(pair, trained):
     assert real > 0.7
     assert correlation(new["rna"], new["protein"]) == pytest.approx(real, abs=0.15)
     apart = copy.deepcopy(trained)
-    apart.size_factor_ = SizeFactors(trained.size_factor_.margins, np.eye(2))
+    apart.size_factor_ = SizeFactors(trained.size_factor_.margins, np.eye(3))
     independent = apart.generate(np.repeat(list(SIZES), [300, 200, 100]), random_state=3)
     assert correlation(independent["rna"], independent["protein"]) < real - 0.3
 
@@ -205,7 +205,7 @@ def test_losses_are_sums_so_that_a_wide_modality_does_not_silence_a_narrow_one(p
         Minibatch.of(matrix, rows, kind, torch.device("cpu"))
         for matrix, kind in zip(pair.X.values(), kinds, strict=True)
     ]
-    log_sizes = [x[0].log_totals(), None]
+    log_sizes = [own.log_totals() for own in x]
     loss = model.loss(x, log_sizes, torch.zeros(64, dtype=torch.long)) * (64 * 110)
     z = model.encode([own.dense() for own in x])
     apart = sum(
@@ -276,13 +276,16 @@ def test_guidance_covariates_latents_and_size_factors(pair, quick):
     plain = quick.generate(**wanted)
     assert not same(plain, quick.generate(**wanted, guidance={"label": 3.0, "donor": 1.0}))
     totals = np.full(40, 1_000.0)
-    deep = quick.generate(**wanted, size_factors={"rna": totals})
+    deep = quick.generate(**wanted, size_factors={"rna": totals, "atac": np.full(40, 60.0)})
     assert deep["rna"].sum() == pytest.approx(40_000, rel=0.1)
+    assert deep["atac"].sum() == pytest.approx(2_400, rel=0.1)
     latents = quick.encode({name: matrix[:40] for name, matrix in pair.X.items()})
     assert latents.shape == (40, 6)
     assert not same(plain, quick.generate(**wanted, latents=latents))
-    with pytest.raises(ValueError, match=r"size_factors: expected the modalities \['rna'\]"):
-        quick.generate(["A"], size_factors={"rna": [100.0], "atac": [3.0]})
+    with pytest.raises(
+        ValueError, match=r"size_factors: expected the modalities \['rna', 'atac'\]"
+    ):
+        quick.generate(["A"], size_factors={"rna": [100.0]})
     with pytest.raises(TypeError, match="size_factors: expected a mapping"):
         quick.generate(["A"], size_factors=[100.0])
 

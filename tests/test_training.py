@@ -133,10 +133,11 @@ def annealed(epochs, max_epochs):
     ("validation", "patience", "epochs", "best"),
     [
         pytest.param([5, 4, 3, 2], 3, 4, 3, id="better-all-the-way"),
-        pytest.param([5, 1, 3, 2, 4, 0], 3, 5, 1, id="stops-after-patience"),
         pytest.param([5, 1, 3, 0.5, 9, 9], 3, 6, 3, id="patience-starts-again"),
-        pytest.param([2, 2, 2, 2], 2, 3, 0, id="equal-is-not-better"),
-        pytest.param([1, 2], 1, 2, 0, id="patience-of-one"),
+        pytest.param([1, 2], 1, 2, 0, id="no-epochs-left-to-wind-up-in"),
+        pytest.param([5, 1, 3, 2, 4, 7, 7, 7, 0], 3, 8, 1, id="winds-up-after-patience"),
+        pytest.param([2, 2, 2, 2, 2, 2, 0], 2, 5, 0, id="equal-is-not-better"),
+        pytest.param([5, 1, 3, 2, 4, 6, 6], 3, 7, 1, id="winds-up-within-the-most-epochs"),
     ],
 )
 def test_early_stopping_restores_the_best_weights(validation, patience, epochs, best):
@@ -148,6 +149,16 @@ def test_early_stopping_restores_the_best_weights(validation, patience, epochs, 
     assert run.module.weight.item() == pytest.approx(annealed(best + 1, len(validation)))
     assert run.modes == [True, False] * epochs
     assert not run.module.training
+
+
+def test_winding_up_starts_at_the_best_weights_and_anneals_from_their_rate():
+    validation = [5, 1, 3, 2, 0.9, 0.8, 0.7, 0.6]
+    run = Scripted([*validation[:4], 3, *validation[4:6], 9])
+    history = run.train(20, 3)
+    assert history.best_epoch == 6
+    rate = 0.5 * (1 + math.cos(math.pi * 1 / 20))  # of the best epoch, as steps of one
+    wound_up = annealed(2, 20) + rate * annealed(2, 3)
+    assert run.module.weight.item() == pytest.approx(wound_up)
 
 
 class HostReads(TorchDispatchMode):

@@ -178,9 +178,7 @@ def autoencoder_stage(problem: Problem, batch_size: int, present: bool) -> Stage
     label_weight = CFGen().label_weight if present else 0.0
     model = problem.autoencoder()
     initialise(model, torch.Generator().manual_seed(0))
-    (noise_model,), (output_bias,) = model.likelihoods, model.output_biases
-    with torch.no_grad():
-        output_bias.copy_(noise_model.initialise(*feature_moments(problem.X), problem.totals))
+    model.start_at([feature_moments(problem.X)], [problem.totals])
     log_totals = torch.as_tensor(np.log(problem.totals), dtype=torch.float32)[:, None]
     labels = torch.as_tensor(problem.labels)
 
