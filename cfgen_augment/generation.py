@@ -107,8 +107,9 @@ class FittedModel(SavedModel):
             see the class. None uses the model's own `guidance`. A weight of 0 leaves attributes out
             of the flow.
         size_factors
-            Total count of every cell; drawn from the fitted log-normal if None. Of several
-            modalities, a mapping that has those with a size factor.
+            Total count of every cell, of presence the number of features present; drawn from the
+            fitted log-normal if None. Of several modalities, a mapping that has those with a size
+            factor.
         latents
             Latents to decode instead of the flow's, ``(n_cells, n_latent)``, for example from
             `encode`. Guidance then does nothing; all else is drawn as it would have been.

@@ -83,8 +83,8 @@ class CFGen(TranslatingModel):
         AdamW's learning rate for the autoencoder and for the flow.
     count_splitting : bool
         Whether the encoder is trained on a random part of every cell's counts and the likelihood
-        on the rest, so that latents leave out the cell's own counting noise. Of noise models
-        that are not of counts, nothing is split.
+        on the rest, so that latents leave out the cell's own counting noise. Presence is dealt
+        out in the same way; of features that are not counts, nothing is split.
     label_weight : float
         Weight of telling labels apart in the autoencoder's loss: of the mean cross-entropy of a
         linear classifier on the latents, beside the mean negative log-likelihood of a count.
@@ -95,8 +95,9 @@ class CFGen(TranslatingModel):
     validation_fraction : float
         Share of each label's cells held out of training to stop early and choose weights.
     patience : "auto" or int
-        Epochs without a better held-out loss before training stops; ``"auto"`` is a fifth of the
-        stage's epochs, at least 5.
+        Epochs without a better held-out loss before a stage stops early: it then goes back to
+        its best weights and anneals the learning rate within as many epochs more. ``"auto"`` is
+        a fifth of the stage's epochs, at least 5.
     solver : {"fitted", "midpoint", "heun", "rk4", "dopri5"}
         How the flow is integrated. ``"fitted"`` is a multistep method fitted to the trained
         field, one network call per step; ``"midpoint"`` and ``"heun"`` take two, ``"rk4"`` four;

@@ -277,6 +277,23 @@ def test_tables_are_the_mean_and_spread_of_their_parts(folder, capsys):
     assert str(folder) not in text
 
 
+def test_distances_above_the_floor_are_taken_split_by_split(folder):
+    assert run(folder, "--models", *CHEAP) == 0
+    out = folder / "out"
+
+    def pooled(name):
+        parts = [json.loads((out / "parts" / f"seed{s}_{name}.json").read_text()) for s in (0, 1)]
+        return np.array([r["w2"] for p in parts for r in p["rows"] if r["type"] == POOLED])
+
+    above = (out / "table.md").read_text().split("above those of real cells")[1]
+    for name in ("mixup", "nb-untyped"):
+        difference = pooled(name) - pooled("real")
+        assert f"{difference.mean():.2f} ± {difference.std(ddof=1):.2f}" in above
+    assert "| real cells |" not in above
+    assert run(folder, "--models", "real", seeds=1, out="floor") == 0
+    assert "above" not in (folder / "floor" / "table.md").read_text()
+
+
 def test_finished_parts_are_kept_and_seeds_added(folder, monkeypatch):
     assert run(folder, "--models", "nb", seeds=1) == 0
     before = {p.name: p.stat().st_mtime_ns for p in (folder / "out" / "parts").iterdir()}

@@ -11,7 +11,7 @@ import pandas as pd
 
 from benchmarks.realism import to_markdown
 from benchmarks.tables.cells import ATAC, RNA
-from benchmarks.tables.models import TABLES, Model
+from benchmarks.tables.models import REAL, TABLES, Model
 from benchmarks.tables.spaces import LEAST, POOLED
 from benchmarks.tables.work import collect, read_manifest
 
@@ -65,7 +65,26 @@ def table(
         Indexed by ``model`` and ``modality`` in the order of `models`; columns ``seeds`` and those
         of `COLUMNS`, each followed by its ``SD``, with ``ddof=1``, NaN of one seed.
     """
-    grouped = per_seed(rows, types).groupby(level=["model", "modality"])
+    return _over_seeds(per_seed(rows, types), models)
+
+
+def excess(
+    rows: pd.DataFrame, types: Mapping[str, int], models: Mapping[str, Model]
+) -> pd.DataFrame:
+    """As `table`, distances above those of the real cells of the same split.
+
+    Splits differ in how far apart any two sets of cells are; that is in the spread of `table`, and
+    not in how models compare.
+    """
+    found = per_seed(rows, types)
+    floor = found.xs(REAL, level="model")
+    others = found.drop(index=REAL, level="model")
+    return _over_seeds(others - floor.reindex(others.index.droplevel("model")).to_numpy(), models)
+
+
+def _over_seeds(found_by_seed: pd.DataFrame, models: Mapping[str, Model]) -> pd.DataFrame:
+    """Means and standard deviations, see `table`."""
+    grouped = found_by_seed.groupby(level=["model", "modality"])
     found = pd.DataFrame({"seeds": grouped.size()})
     for title in COLUMNS:
         found[title] = grouped[title].mean()
@@ -79,8 +98,11 @@ def table(
     return found.reindex(pd.MultiIndex.from_tuples(order, names=["model", "modality"]))
 
 
-def shown(frame: pd.DataFrame, models: Mapping[str, Model]) -> str:
-    """The table as markdown: one for each modality, and one of cells made without types."""
+def shown(frame: pd.DataFrame, models: Mapping[str, Model], *, above: str = "") -> str:
+    """The table as markdown: one for each modality, and one of cells made without types.
+
+    `above` says what values are above, if they are differences; F1 is then left out.
+    """
     parts = []
     for modality in (RNA, ATAC):
         for typed in (True, False):
@@ -88,15 +110,17 @@ def shown(frame: pd.DataFrame, models: Mapping[str, Model]) -> str:
             if not names:
                 continue
             columns = [c for c in COLUMNS if typed or c.endswith("pooled")]
-            if not typed and "real" in frame.index.get_level_values("model"):
-                names.insert(0, "real")  # the floor of columns that do not look at types
+            columns = [c for c in columns if not (above and c == "F1")]
+            if not typed and REAL in frame.index.get_level_values("model"):
+                names.insert(0, REAL)  # the floor of columns that do not look at types
             lines = {}
             for name in names:
                 row = frame.loc[(name, modality)]
                 lines[models[name].title] = {c: _spread(row, c) for c in columns} | {
                     "seeds": str(int(row["seeds"]))
                 }
-            titles = [_TITLES[modality]] + ([] if typed else ["types not given"])
+            titles = [_TITLES[modality]] + ([above] if above else [])
+            titles += [] if typed else ["types not given"]
             one = pd.DataFrame.from_dict(lines, orient="index").rename_axis(index=", ".join(titles))
             parts.append(to_markdown(one))
     return "\n\n".join(parts)
@@ -135,6 +159,9 @@ def write_tables(out: Path) -> str:
     rows[rows["type"] != POOLED].to_csv(out / "types.csv", index=False)
     frame.to_csv(out / "table.csv")
     text = f"{heading(manifest, frame)}\n\n{shown(frame, models)}\n"
+    if REAL in frame.index.get_level_values("model") and len(set(rows["model"])) > 1:
+        above = shown(excess(rows, types, models), models, above="above real cells")
+        text += f"\nThe same distances above those of real cells, split by split:\n\n{above}\n"
     (out / "table.md").write_text(text, encoding="utf-8")
     return text
 
