@@ -212,8 +212,9 @@ class Autoencoder(nn.Module):
             [own.dense(likelihood.encoder_input) for likelihood, own in self._with(seen)]
         )
         outputs = [decoder(z) for decoder in self.decoders]
-        if not len(z):  # a process without a share, needed for the others' batch norm
-            return reduce(torch.add, [output.sum() for output in outputs])
+        if not len(z):  # a process without a share: its zero has what the others' losses have
+            held = [*outputs, *self.noise.parameters()]
+            return reduce(torch.add, [0.0 * tensor.sum() for tensor in held])
         parts = [
             likelihood.loss(own, output, log_size, labels) * (width / self.n_features)
             for (likelihood, own), output, log_size, width in zip(

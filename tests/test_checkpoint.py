@@ -104,7 +104,7 @@ def test_labels_survive_a_round_trip(cells, tmp_path, names):
 
 def test_configuration_records_what_was_fitted(saved, model):
     document = json.loads((saved / "config.json").read_text())
-    assert document["format"] == 3
+    assert document["format"] == 4
     assert document["versions"]["cfgen-augment"] == __version__
     assert document["versions"]["torch"] == str(torch.__version__)
     assert {"numpy", "scipy", "safetensors"} < set(document["versions"])
@@ -182,7 +182,7 @@ DAMAGE = {
     "truncated weights": (_weights(lambda data: data[: len(data) // 2]), "truncated or belongs"),
     "empty weights": (_weights(lambda data: b""), "truncated or belongs"),
     "one bit": (_weights(_flip_last), "truncated or belongs"),
-    "truncated config": (_config('{"format": 3, "vers'), "it is damaged"),
+    "truncated config": (_config('{"format": 4, "vers'), "it is damaged"),
     "empty config": (_config(""), "it is damaged"),
     "binary config": (lambda d: (d / "config.json").write_bytes(b"\xff\x00"), "it is damaged"),
     "config is a list": (_config("[1, 2]"), "it is damaged"),
@@ -195,12 +195,12 @@ DAMAGE = {
     ),
     "checksum removed": (_edited(lambda d: d.pop("config_sha256"), forge=False), "was edited"),
     "newer format": (
-        _edited(lambda d: d.update(format=4)),
-        rf"expected format 3; got 4\. Load .*{__version__}",
+        _edited(lambda d: d.update(format=5)),
+        rf"expected format 4; got 5\. Load .*{__version__}",
     ),
     "format before modalities": (
         _edited(lambda d: d.update(format=2)),
-        rf"expected format 3; got 2\. Load .*{__version__}",
+        rf"expected format 4; got 2\. Load .*{__version__}",
     ),
     "format as text": (_edited(lambda d: d.update(format="2", versions=None)), "got '2'"),
     "forged width": (
