@@ -406,7 +406,7 @@ def test_a_table_takes_its_place_in_a_document(folder):
     for _ in range(2):
         assert run(folder, "--models", "nb", "--docs", str(page), seeds=1) == 0
     text = page.read_text()
-    assert text.count("| negative binomial |") == 1
+    assert text.count("### Table 1") == 1
     assert text.startswith(
         "# Tables\n\n## One\n\n<!-- table: 1 rna.h5ad -->\n### Table 1: rna.h5ad\n\n`python"
     )
