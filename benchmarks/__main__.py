@@ -67,9 +67,8 @@ def _run(given: argparse.Namespace, command: str) -> int:
     failures = _carry_out(given, command, settings, ARMS, arms)
     if failures is None:
         return 0
-    return _report(argparse.Namespace(results=given.out, markdown=False), command) or int(
-        bool(failures)
-    )
+    asked = argparse.Namespace(results=given.out, markdown=False, docs=None)
+    return _report(asked, command) or int(bool(failures))
 
 
 def _choices(given: argparse.Namespace, command: str) -> int:
@@ -210,6 +209,7 @@ def _report(given: argparse.Namespace, command: str) -> int:
     import json
 
     from benchmarks import results
+    from benchmarks.pages import into_page
     from benchmarks.report import markdown_tables, write_report
 
     manifest = given.results / "manifest.json"
@@ -225,9 +225,11 @@ def _report(given: argparse.Namespace, command: str) -> int:
             "choices, whose command prints their table again."
         )
     results.write_tables(given.results, settings)
+    if given.docs is not None:
+        into_page(markdown_tables(given.results), given.docs, given.results.resolve().name)
     if given.markdown:
         print(markdown_tables(given.results))
-    else:
+    elif given.docs is None:
         print(f"report: {write_report(given.results)}")
     return 0
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.arms import ARMS, Arm
 from benchmarks.choices import CHOICES
+from benchmarks.pages import add_docs_option
 from benchmarks.tables.commands import add_figures, add_tables
 
 
@@ -26,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="make tables and report again")
     report.add_argument("results", type=Path)
     report.add_argument("--markdown", action="store_true", help="print the tables as markdown")
+    add_docs_option(report)
 
     _composition(commands)
     _pretrain(commands)
@@ -111,6 +113,7 @@ def _composition(commands: Any) -> None:
     work.add_argument("--out", type=Path, default=Path("composition"), help="default: %(default)s/")
     work.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
     work.add_argument("--threads", type=int, default=1, help="per process (default: %(default)s)")
+    add_docs_option(work)
 
 
 def _data(command: argparse.ArgumentParser) -> None:

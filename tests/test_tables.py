@@ -14,6 +14,7 @@ from scipy import sparse
 
 from benchmarks.__main__ import main
 from benchmarks.cells import log_normalise
+from benchmarks.pages import into_page
 from benchmarks.realism import mmd_rbf
 from benchmarks.tables import models, summary, work
 from benchmarks.tables.cells import ATAC, RNA, Measured, read, split
@@ -411,7 +412,7 @@ def test_a_table_takes_its_place_in_a_document(folder):
         "# Tables\n\n## One\n\n<!-- table: 1 rna.h5ad -->\n### Table 1: rna.h5ad\n\n`python"
     )
     assert text.endswith("<!-- end: 1 rna.h5ad -->\n\nB\n")
-    summary.into_document("words", page, "2 x")
+    into_page("words", page, "2 x")
     assert page.read_text().endswith("<!-- table: 2 x -->\nwords\n<!-- end: 2 x -->\n")
 
 

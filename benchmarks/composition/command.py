@@ -12,10 +12,11 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.composition.parts import Part, Question, collect, do, plan
-from benchmarks.composition.tables import shown
+from benchmarks.composition.tables import sections
 from benchmarks.composition.world import variants
 from benchmarks.data import content_hash
 from benchmarks.hardware import hardware
+from benchmarks.pages import into_page
 
 
 def composition(given: argparse.Namespace, command: str) -> int:
@@ -46,9 +47,14 @@ def composition(given: argparse.Namespace, command: str) -> int:
     tables = collect(out)
     for name, table in tables.items():
         table.to_csv(out / f"{name}.csv", index=False)
-    text = shown(tables)
+    data = Path(given.data).stem
+    made = sections(tables, data)
+    text = "\n\n".join(made.values())
     (out / "tables.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\n{Path(given.data).name}; {given.seeds} seeds; {hardware()}")
+    if given.docs is not None:
+        for name, section in made.items():
+            into_page(section, given.docs, f"{data} {name}")
     return int(failed > 0)
 
 

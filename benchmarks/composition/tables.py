@@ -13,15 +13,15 @@ from benchmarks.realism import to_markdown
 _DIGITS = {"W2": 2, "cells": 1, "types": 1}
 
 
-def shown(tables: dict[str, pd.DataFrame]) -> str:
-    """Everything that is there, as markdown."""
-    parts = [
-        f"### {title}\n\n{to_markdown(table)}"
+def sections(tables: dict[str, pd.DataFrame], data: str) -> dict[str, str]:
+    """Markdown of every kind of measurement that is there, under headings that name the data."""
+    return {
+        name: "\n\n".join(
+            f"### {data}: {title}\n\n{to_markdown(table)}" for title, table in make(tables[name])
+        )
         for name, make in _MADE.items()
         if name in tables
-        for title, table in make(tables[name])
-    ]
-    return "\n\n".join(parts)
+    }
 
 
 def _spread(

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import add_docs_option, into_page
 from benchmarks.tables.models import REAL, TABLES
 
 
@@ -45,13 +46,7 @@ def add_tables(commands: Any) -> None:
     tables.add_argument("--seeds", type=int, default=3, help="splits (default: %(default)s)")
     tables.add_argument("--threads", type=int, help="default: all cores")
     tables.add_argument("--out", type=Path, required=True, help="directory of the results")
-    tables.add_argument(
-        "--docs",
-        type=Path,
-        metavar="FILE",
-        help="also put the table into this markdown file, in place of the one made from the same "
-        "data before",
-    )
+    add_docs_option(tables)
 
 
 def add_figures(commands: Any) -> None:
@@ -110,7 +105,7 @@ def tables(given: argparse.Namespace, command: str) -> int:
         print(f"failed: {part}: {why}")
     if given.docs is not None:
         name = f"{given.table} {Path(given.data).name}"
-        summary.into_document(text, given.docs, name)
+        into_page(text, given.docs, name)
     return int(bool(failures))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -187,16 +186,3 @@ def heading(manifest: Mapping[str, Any], frame: pd.DataFrame) -> str:
         f"{sum(sizes.values()):,} cells held out by each of {int(frame['seeds'].max())} seeds; "
         f"mean ± SD over seeds.{left_out}"
     )
-
-
-def into_document(text: str, document: Path, name: str) -> None:
-    """Put a table between the marks with its name, or below the document if there are none."""
-    start, end = f"<!-- table: {name} -->", f"<!-- end: {name} -->"
-    old = document.read_text(encoding="utf-8") if document.exists() else ""
-    new = f"{start}\n{text.strip()}\n{end}"
-    if start in old and end in old:
-        between = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
-        whole = between.sub(lambda _: new, old)
-    else:
-        whole = old.rstrip() + f"\n\n{new}\n"
-    document.write_text(whole.lstrip(), encoding="utf-8")
