@@ -273,8 +273,14 @@ def test_run_writes_tables_manifest_and_report(tmp_path, capsys, command):
     assert main([*command, *ARMS_OF_TEST, "--out", str(out), "--target-size", "3.0"]) == 2
     assert "target_size: 2.0 there, 3.0 now" in capsys.readouterr().err
 
-    assert main(["report", str(out), "--markdown"]) == 0
-    assert "| nb |" in capsys.readouterr().out.replace("`", "")
+    page = out.parent / "page.md"
+    assert main(["report", str(out), "--markdown", "--docs", str(page)]) == 0
+    printed = capsys.readouterr().out
+    assert "| nb |" in printed.replace("`", "")
+    assert (
+        page.read_text()
+        == f"<!-- table: {out.name} -->\n{printed.strip()}\n<!-- end: {out.name} -->\n"
+    )
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, command):

@@ -242,8 +242,18 @@ def test_command_measures_writes_and_goes_on(command, quick, capsys, monkeypatch
     assert set(pd.read_csv(out / "totals.csv")["size_factor"]) == {"label", "donor"}
 
     stamps = {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
-    assert main([*arguments, "--seeds", "2", "--parts", "unseen"]) == 0
+    page = out.parent / "page.md"
+    page.write_text(
+        "Before\n\n<!-- table: small guidance -->\nold\n<!-- end: small guidance -->\n\nAfter\n"
+    )
+    told = ["--seeds", "2", "--parts", "unseen", "--docs", str(page)]
+    assert main([*arguments, *told]) == 0
     assert "1 of 2 parts to do" in capsys.readouterr().out
+    start, _, rest = page.read_text().partition("<!-- end: small guidance -->\n\nAfter\n")
+    assert start.startswith("Before\n\n<!-- table: small guidance -->\n### small: Guidance weights")
+    assert "| together 2 |" in start
+    assert "old" not in start
+    assert rest.count("<!-- table: small ") == 5  # what the page had no place for is added below
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     assert json.loads((out / "manifest.json").read_text())["composition"]["data"] == "small.h5ad"
 
