@@ -119,6 +119,22 @@ def test_paired_cells_are_put_in_one_order_and_peaks_binarised(folder, measured)
     assert cells.labels.tolist() == measured.labels.tolist()
 
 
+def test_the_papers_multiome_is_read_from_the_layer_of_its_file(folder, measured, monkeypatch):
+    mudata = pytest.importorskip("mudata")
+    sides = {name: anndata.read_h5ad(folder / f"{name}.h5ad") for name in (RNA, ATAC)}
+    for side in sides.values():
+        side.layers["X_counts"] = side.X.copy()
+        side.X = side.X / 2  # whatever its authors made of the counts
+    with mudata.set_options(pull_on_update=False):
+        mudata.MuData(sides).write(folder / "pbmc10k_multiome_train.h5mu")
+    monkeypatch.setenv("CFGEN_DATA", str(folder))
+    cells = read("pbmc10k", paired=True)
+    for name in (RNA, ATAC):
+        assert (cells.counts[name] != measured.counts[name]).nnz == 0
+    with pytest.raises(FileNotFoundError, match=r"neurips_multiome_train.h5mu .*X_counts"):
+        read("neurips", paired=True)
+
+
 def test_paired_data_that_do_not_fit_are_told(folder, monkeypatch):
     peaks = anndata.read_h5ad(folder / "atac.h5ad")
     peaks[1:].copy().write_h5ad(folder / "fewer.h5ad")

@@ -23,30 +23,50 @@ RNA, ATAC = "rna", "atac"
 #: PBMC3K filters at 30, and only that leaves the 8,573 genes that the paper gives.
 MIN_CELLS, MIN_CELLS_OF = 20, {"pbmc3k": 30}
 _UNLABELLED = "unlabelled"
-#: Pairs of files that go by a name: RNA, ATAC, and where they are from.
+
+
+@dataclass(frozen=True)
+class Pair:
+    """RNA and ATAC of the same cells that go by a name.
+
+    Attributes
+    ----------
+    files
+        In the directory that ``$CFGEN_DATA`` names: one h5mu file, or one h5ad file of RNA and one
+        of ATAC.
+    source
+        Where they are from.
+    layer
+        Layer with the raw counts; None is ``X``.
+    """
+
+    files: tuple[str, ...]
+    source: str
+    layer: str | None = None
+
+
+#: The paper's two as the reference's configuration names them, layer and file.
 PAIRED = {
-    "scicar-a549": (
-        "scicar_a549_rna.h5ad",
-        "scicar_a549_atac_binary.h5ad",
+    "scicar-a549": Pair(
+        ("scicar_a549_rna.h5ad", "scicar_a549_atac_binary.h5ad"),
         "sci-CAR of A549 cells after 0, 1 and 3 h of dexamethasone (Cao et al., Science 361:1380, "
         "2018, doi:10.1126/science.aau0730), GEO GSE117089",
     ),
-    "scicar-kidney": (
-        "scicar_mouse_kidney_rna_tiny.h5ad",
-        "scicar_mouse_kidney_atac_tiny.h5ad",
+    "scicar-kidney": Pair(
+        ("scicar_mouse_kidney_rna_tiny.h5ad", "scicar_mouse_kidney_atac_tiny.h5ad"),
         "sci-CAR of mouse kidney (Cao et al., Science 361:1380, 2018, "
         "doi:10.1126/science.aau0730), GEO GSE117089",
     ),
-    "pbmc10k": (
-        "pbmc10k_rna.h5ad",
-        "pbmc10k_atac.h5ad",
+    "pbmc10k": Pair(
+        ("pbmc10k_multiome_train.h5mu",),
         "the paper's PBMC10k, 10x Genomics Multiome, Zenodo 10.5281/zenodo.15031364",
+        layer="X_counts",
     ),
-    "neurips": (
-        "neurips_rna.h5ad",
-        "neurips_atac.h5ad",
+    "neurips": Pair(
+        ("neurips_multiome_train.h5mu",),
         "the paper's bone marrow, Luecken et al. 2021, GEO GSE194122; as processed for it, Zenodo "
         "10.5281/zenodo.15031364",
+        layer="X_counts",
     ),
 }
 
@@ -123,8 +143,9 @@ def read(
         labels = cells.labels
         least = MIN_CELLS_OF.get(Path(data).stem, MIN_CELLS) if min_cells is None else min_cells
     else:
-        sides = _pair(data)
-        counts, features, labels = _aligned(sides, label_key or "cell_type", layer)
+        if layer is None and data in PAIRED:
+            layer = PAIRED[data].layer
+        counts, features, labels = _aligned(_pair(data), label_key or "cell_type", layer)
         least = 1 if min_cells is None else min_cells
     kept = {name: seen_in(values) >= max(least, 1) for name, values in counts.items()}
     for name, which in kept.items():
@@ -156,38 +177,45 @@ def split(cells: Measured, held_out: float, seed: int) -> tuple[Measured, Measur
 
 
 def _pair(data: str) -> dict[str, AnnData]:
-    if data.endswith(".h5mu"):
-        import mudata
-
-        held = mudata.read_h5mu(data)
-        missing = [name for name in (RNA, ATAC) if name not in held.mod]
-        if missing:
-            raise ValueError(
-                f"{data}: expected modalities {RNA} and {ATAC}; got {', '.join(held.mod)}. "
-                "Rename them."
-            )
-        return {name: held[name] for name in (RNA, ATAC)}
-    if "," in data:
-        files = [Path(name) for name in data.split(",")]
-    elif data in PAIRED:
-        folder = os.environ.get("CFGEN_DATA")
-        files = [Path(folder or "", name) for name in PAIRED[data][:2]]
-        absent = [file.name for file in files if not file.is_file()]
-        if folder is None or absent:
-            raise FileNotFoundError(
-                f"{data}: looked for {' and '.join(PAIRED[data][:2])} in $CFGEN_DATA "
-                f"({folder or 'which is not set'}) and did not find them. They are "
-                f"{PAIRED[data][2]}; write them as two h5ad files of raw counts of the same cells, "
-                "with the types in obs['cell_type'], into that directory."
-            )
-    else:
+    files = [Path(name) for name in data.split(",")]
+    if data in PAIRED:
+        files = _named(data)
+    elif len(files) == 1 and files[0].suffix != ".h5mu":
         raise FileNotFoundError(
             f"{data}: expected RNA and ATAC of the same cells: one of {', '.join(PAIRED)}, the "
             "paths of two h5ad files with a comma between them, or an h5mu file."
         )
+    if len(files) == 1:
+        return _of_h5mu(files[0])
     if len(files) != 2:
         raise ValueError(f"--data: expected two files, RNA and ATAC; got {len(files)}.")
     return {name: load(str(file)) for name, file in zip((RNA, ATAC), files, strict=True)}
+
+
+def _named(name: str) -> list[Path]:
+    pair, folder = PAIRED[name], os.environ.get("CFGEN_DATA")
+    files = [Path(folder or "", file) for file in pair.files]
+    if folder is None or not all(file.is_file() for file in files):
+        raise FileNotFoundError(
+            f"{name}: looked for {' and '.join(pair.files)} in $CFGEN_DATA "
+            f"({folder or 'which is not set'}). Put there, under that name, {pair.source}: raw "
+            f"counts in {'X' if pair.layer is None else f'layers[{pair.layer!r}]'} and the types "
+            "in obs['cell_type'] of RNA. Or pass files of your own."
+        )
+    return files
+
+
+def _of_h5mu(file: Path) -> dict[str, AnnData]:
+    import mudata
+
+    with mudata.set_options(pull_on_update=False):  # what modalities hold is enough, and no warning
+        held = mudata.read_h5mu(file)
+    missing = [name for name in (RNA, ATAC) if name not in held.mod]
+    if missing:
+        raise ValueError(
+            f"{file}: expected modalities {RNA} and {ATAC}; got {', '.join(held.mod)}. Rename them."
+        )
+    return {name: held[name] for name in (RNA, ATAC)}
 
 
 def _aligned(
