@@ -7,8 +7,10 @@ likelihood. Groups with enough cells get a shift `s_g` of their own (the three-p
 log-normal): real depths are skewed on the log scale, some types to the left, some to the right,
 and without it the spread of deep types comes out too wide. Small groups have no shift and are
 shrunk towards the fit shared by all cells (empirical Bayes), so a group of a single cell still
-has a sane mean and spread. Draws stay within the range of totals seen. The size factors of several
-modalities of a cell are drawn together.
+has a sane mean and spread. Draws stay within the range of totals seen, and the fit of groups with
+enough cells is that of a normal truncated to it: filters cut data off at both ends, and a plain
+fit, cut off once more, would give draws that spread less than the cells. The size factors of
+several modalities of a cell are drawn together.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 _CELLS_FOR_A_SHIFT = 100  # fewer cannot tell skewness from chance
 
@@ -29,6 +31,10 @@ _SHIFTS_UP = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _GAIN = 3.0  # nats; by chance a needless shift gains more in one group of seventy (chi-squared)
 
 _TINY = 1e-12
+
+# Widest scale of the normal before truncation, in standard deviations of the sample. At three the
+# density within the range is all but flat, and the likelihood says no more.
+_WIDEST = 3.0
 
 # A group's variance and range count as if this many cells from everywhere had been added.
 _PRIOR_CELLS = 5.0
@@ -41,7 +47,8 @@ class LogNormalSizeFactor:
     Attributes
     ----------
     mean, scale
-        Mean and standard deviation of ``log(total + shift)``, each ``(n_groups,)``.
+        Mean and standard deviation of ``log(total + shift)`` before truncation to the range,
+        each ``(n_groups,)``.
     shift
         Shift of every group in counts, zero for small groups, ``(n_groups,)``.
     lowest, highest
@@ -89,8 +96,7 @@ class LogNormalSizeFactor:
         for group in np.flatnonzero(size >= _CELLS_FOR_A_SHIFT):
             own = totals[groups == group]
             shift[group] = _most_likely_shift(own)
-            shifted = np.log(own + shift[group])
-            mean[group], scale[group] = shifted.mean(), shifted.std()
+            mean[group], scale[group] = _truncated_normal(np.log(own + shift[group]))
             low[group], high[group] = lowest[group], highest[group]  # total + shift > 0 there
         return cls(
             mean=mean,
@@ -261,6 +267,28 @@ def _most_likely_shift(totals: NDArray[np.float64]) -> float:
     ]
     best = max(shifts, key=log_likelihood)
     return float(best) if log_likelihood(best) > log_likelihood(0.0) + _GAIN else 0.0
+
+
+def _truncated_normal(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Mean and scale, before truncation, of a normal truncated to the range of `values`.
+
+    Maximum likelihood. Mean and variance are sufficient, so the likelihood costs nothing; the mode
+    is kept within the range, beyond which mean and scale can no longer be told apart.
+    """
+    mean, scale = float(values.mean()), float(values.std())
+    if scale <= 1e-9 * (1.0 + abs(mean)):
+        return mean, scale
+    low, high = (values.min() - mean) / scale, (values.max() - mean) / scale
+
+    def cost(at: NDArray[np.float64]) -> float:
+        """Negative log likelihood per value, of values in units of their own spread."""
+        centre, width = at
+        inside = special.ndtr((high - centre) / width) - special.ndtr((low - centre) / width)
+        return float(np.log(width * inside) + (1.0 + centre**2) / (2.0 * width**2))
+
+    bounds = [(low, high), (1.0, _WIDEST)]
+    centre, width = optimize.minimize(cost, [0.0, 1.0], bounds=bounds).x
+    return mean + scale * float(centre), scale * float(width)
 
 
 def _blend(

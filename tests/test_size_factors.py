@@ -49,15 +49,50 @@ def test_one_small_group_is_plain_maximum_likelihood(data):
 
 
 @pytest.mark.parametrize("group", [0, 1])
-def test_large_groups_are_maximum_likelihood_given_their_shift(data, fitted, group):
+def test_large_groups_are_maximum_likelihood_given_their_shift_and_range(data, fitted, group):
     totals = data[0][data[1] == group]
     shifted = np.log(totals + fitted.shift[group])
-    assert fitted.mean[group] == pytest.approx(shifted.mean())
-    assert fitted.scale[group] == pytest.approx(shifted.std())
+
+    def log_likelihood(mean, scale):
+        ends = (np.array([shifted.min(), shifted.max()]) - mean) / scale
+        return stats.truncnorm.logpdf(shifted, *ends, loc=mean, scale=scale).sum()
+
+    mean, scale = fitted.mean[group], fitted.scale[group]
+    best = log_likelihood(mean, scale)
+    for step in (-0.02, 0.02):
+        assert best > log_likelihood(mean + step * scale, scale)
+        assert best > log_likelihood(mean, scale * (1.0 + step))
+    assert scale == pytest.approx(shifted.std(), rel=0.03)  # nothing was cut off
     assert abs(fitted.shift[group]) < 0.5 * totals.mean()  # the truth is no shift
     own = np.log(totals)
     assert fitted.lowest[group] == pytest.approx(own.min(), abs=0.01)
     assert fitted.highest[group] == pytest.approx(own.max(), abs=0.01)
+
+
+@pytest.mark.parametrize("cut", [(0.1, 1.0), (0.1, 0.9)], ids=["below", "both"])
+def test_depths_of_filtered_cells_spread_as_far_as_the_cells(cut):
+    rng = np.random.default_rng(4)
+    log_totals = rng.normal(7.0, 0.6, 4_000)
+    low, high = np.quantile(log_totals, cut)
+    kept = log_totals[(log_totals >= low) & (log_totals <= high)]
+    fit = LogNormalSizeFactor.fit(np.exp(kept), np.zeros(len(kept), dtype=int), n_groups=1)
+    drawn = np.log(drawn_from(fit, np.zeros(50_000, dtype=int), np.random.default_rng(0)))
+    assert drawn.mean() == pytest.approx(kept.mean(), abs=0.02)
+    assert drawn.std() == pytest.approx(kept.std(), rel=0.04)
+    # The plain fit, cut off once more, would fall short by more than that.
+    ends = (np.array([low, high]) - kept.mean()) / kept.std()
+    assert stats.truncnorm.std(*ends, scale=kept.std()) < 0.95 * kept.std()
+
+
+@pytest.mark.parametrize("spread", ["even", "two ends"])
+def test_depths_flatter_than_any_normal_still_give_a_fit(spread):
+    even = np.linspace(5.0, 8.0, 400)
+    log_totals = even if spread == "even" else np.where(even < 6.5, 5.0, 8.0)
+    fit = LogNormalSizeFactor.fit(np.exp(log_totals), np.zeros(400, dtype=int), n_groups=1)
+    drawn = np.log(drawn_from(fit, np.zeros(20_000, dtype=int), np.random.default_rng(0)))
+    assert drawn.std() > 0.9 * even.std()
+    assert drawn.min() >= 5.0 - 1e-9
+    assert drawn.max() <= 8.0 + 1e-9
 
 
 @pytest.mark.parametrize("shift", [-300.0, 2_000.0], ids=["right-skewed", "left-skewed"])
