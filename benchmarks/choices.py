@@ -200,7 +200,7 @@ CHOICES: dict[str, Arm] = {
     "all pooled": _generated("every label as cells of all labels lie", pooling=1e9),
     "no centres": _trained("and nothing pooled", without_centres, {"pooling": 0.0}),
     "no label scales": _trained("centres, and one scale for all labels", without_scales),
-    "as in issue 2": _trained(
+    "the paper's recipe": _trained(
         "no count splitting, no label head, no centres, nothing pooled",
         without_centres,
         {"pooling": 0.0},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Number
 from pathlib import Path
@@ -22,6 +21,7 @@ from cfgen_augment.generation import Cells
 from cfgen_augment.modalities import by_name, each, stack
 from cfgen_augment.model import CFGen
 from cfgen_augment.multimodal import adapt, strip
+from cfgen_augment.notices import notify
 from cfgen_augment.processes import Processes, launched
 from cfgen_augment.sampler import CFGenSampler
 from cfgen_augment.stored import side_by_side
@@ -176,7 +176,7 @@ def augment(
         )
         result, note = cells.append(stack(list(blocks)), key=key_added, columns=columns)
         if note:
-            warnings.warn(note, UserWarning, stacklevel=2)
+            notify(note)
     cells.annotate(result, _provenance(sampler, keys, key_added, result))
     return result
 
@@ -365,7 +365,7 @@ def _write(
     if not cells.grows():  # columns cannot grow row by row
         result, note = cells.append(stack(list(blocks)), key=key_added, columns=columns)
         if note:
-            warnings.warn(note, UserWarning, stacklevel=3)
+            notify(note)
         cells.annotate(result, _provenance(sampler, keys, key_added, result))
         writing.write_whole(result, place, named=output)
         return strip(result)
@@ -373,7 +373,7 @@ def _write(
     result, places, dropped = cells.frame(n_new, key=key_added, columns=columns)
     cells.annotate(result, _provenance(sampler, keys, key_added, result))
     if dropped:
-        warnings.warn(annotated.note_of(dropped), UserWarning, stacklevel=3)
+        notify(annotated.note_of(dropped))
     real = cells.real()
     layout = sampler.generator_.modalities_
     rows = itertools.chain(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -20,6 +19,7 @@ from cfgen_augment.attributes import check_attribute
 from cfgen_augment.counts import CellMatrix, as_dtype
 from cfgen_augment.likelihoods import value_kind
 from cfgen_augment.modalities import by_name, check_like, each, stack
+from cfgen_augment.notices import notify
 from cfgen_augment.parameters import RandomState, check_parameters, entropy
 from cfgen_augment.processes import Processes
 from cfgen_augment.saved import SavedModel
@@ -280,11 +280,9 @@ class FittedModel(SavedModel):
         for modality, dtype, n in zip(self.modalities_, dtypes, too_large, strict=True):
             if n:
                 of = "" if modality.name is None else f" of {modality.name!r}"
-                warnings.warn(
+                notify(
                     f"{n:,} generated counts{of} were larger than {dtype} can hold exactly and "
                     "were held at its largest value; fit on a wider dtype to keep them.",
-                    UserWarning,
-                    stacklevel=3,
                 )
 
     def _empty(self) -> Cells:

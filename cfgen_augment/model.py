@@ -166,7 +166,9 @@ class CFGen(TranslatingModel):
 
     Three things go beyond the paper, so that labels of few cells can be learned: count
     splitting, the classifier of labels, and fields pooled around the labels' centres. With
-    ``count_splitting=False, label_weight=0, pooling=0`` they are off, but for the centres.
+    ``count_splitting=False, label_weight=0, pooling=0`` they are off, but for the centres. What
+    else differs is in how the autoencoder is trained, and has no switch: rare features are
+    learned more slowly, early stopping anneals, and the dispersion settles at the end.
 
     A held-out cell that stops training early is still encoded and learned by the flow; it is
     part of the training data, never of a test set.

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from cfgen_augment.notices import notify
+
 Value = TypeVar("Value")
 
 # Others wait while the first one writes a file, for longer than the usual half an hour if it is
@@ -160,7 +162,7 @@ class Processes:
         told = self.gather([(str(w.message), w.category) for w in heard])
         if self.is_first:
             for message, category in dict.fromkeys(w for each in told for w in each):
-                warnings.warn(message, category, stacklevel=4)
+                notify(message, category)
 
     # ------------------------------------------------------------- batch norm
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar
@@ -28,6 +27,7 @@ from cfgen_augment.generation import LABEL, Cells
 from cfgen_augment.modalities import by_name, check_like, each, lay_out, stack
 from cfgen_augment.model import CFGen
 from cfgen_augment.multimodal import adapt
+from cfgen_augment.notices import notify
 from cfgen_augment.parameters import check_parameters, entropy
 from cfgen_augment.processes import Processes, launched
 from cfgen_augment.solver import check_solver
@@ -325,7 +325,7 @@ class CFGenSampler(BaseOverSampler):
             if annotation is not None:
                 resampled, note = annotation.append(new, columns={})
                 if note:
-                    warnings.warn(note, UserWarning, stacklevel=2)
+                    notify(note)
                 y_resampled = ArraysTransformer(y, y).transform(y_resampled, y_resampled)[1]
                 if hasattr(y_resampled, "iloc"):
                     y_resampled.index = annotation.names_of(resampled)
@@ -540,11 +540,9 @@ class CFGenSampler(BaseOverSampler):
         }
         if small:
             listed = ", ".join(f"{name!r} ({size})" for name, size in small.items())
-            warnings.warn(
+            notify(
                 f"No cells are generated for types with fewer than min_cells={self.min_cells} "
                 f"cells: {listed}. Lower min_cells to generate them all the same.",
-                UserWarning,
-                stacklevel=5,
             )
         return {name: 0 if name in small else n for name, n in strategy.items()}
 
@@ -637,11 +635,9 @@ def _hold_to_columns(new: CellMatrix, dtypes: Any) -> CellMatrix:
     values = new.data if sparse.issparse(new) else new
     limit = limits[new.indices] if sparse.issparse(new) else limits
     if n_large := int((values > limit).sum()):
-        warnings.warn(
+        notify(
             f"{n_large:,} generated counts were larger than the dtype of their column can hold "
             "and were held at its largest value; pass wider columns to keep them.",
-            UserWarning,
-            stacklevel=3,
         )
         np.minimum(values, limit, out=values, casting="unsafe")
     return new

@@ -195,6 +195,7 @@ def test_keeps_what_is_per_gene_and_uns(adata, model):
 def test_drops_what_does_not_hold_and_names_all_of_it(adata, model):
     with pytest.warns(UserWarning, match="Dropped what does not hold") as caught:
         result = augment(adata, "cell_type", generator=model)
+    assert caught[0].filename == __file__
     message = str(caught[0].message)
     for dropped in (
         "layers['scaled']",

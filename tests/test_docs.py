@@ -82,7 +82,7 @@ def run_page(tmp_path, monkeypatch):
 
 # Models that blocks train, by a piece of the block: what the pages say about cost and leakage.
 TRAINED = {
-    "README.md": {"cross_val_score(model": 5},
+    "README.md": {"cross_val_score(model": 5, "cross_val_predict(steps": 3},
     "pitfalls.md": {
         "honest = cross_val_score(make_pipeline(sampler": 5,
         "leaks = cross_val_score(make_pipeline(reused": 1,
