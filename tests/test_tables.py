@@ -390,15 +390,32 @@ def test_unreachable_data_name_their_source(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "o").exists()
 
 
-def test_cfgen_is_trained_once_for_both_its_rows(folder, quick):
-    assert run(folder, "--models", "cfgen", "cfgen-untyped", seeds=1) == 0
+def test_cfgen_is_trained_once_for_all_its_rows(folder, quick):
+    names = ("cfgen", "cfgen-encoded", "cfgen-untyped", "cfgen-encoded-untyped")
+    assert run(folder, "--models", *names, seeds=1) == 0
     assert len(quick) == 1
-    typed, untyped = (
-        json.loads(work.part_path(folder / "out", 0, name).read_text())["rows"]
-        for name in ("cfgen", "cfgen-untyped")
-    )
-    assert [row["type"] for row in typed] == [POOLED, "B", "NK", "T"]
-    assert [row["type"] for row in untyped] == [POOLED]
+    rows = [json.loads(work.part_path(folder / "out", 0, n).read_text())["rows"] for n in names]
+    types = [[row["type"] for row in of_model] for of_model in rows]
+    assert types == [[POOLED, "B", "NK", "T"]] * 2 + [[POOLED]] * 2
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["one modality", "two"])
+def test_encoded_cells_have_the_depths_of_training_cells(measured, paired, monkeypatch):
+    cells = measured if paired else replace(measured, counts={RNA: measured.counts[RNA]})
+    job = models.Job(cells, {"B": 20, "T": 30}, 0)
+    fitted = CFGen(max_epochs=1, random_state=0).fit(models._as_given(cells), cells.labels)
+    seen = {}
+    generate = fitted.generate
+    monkeypatch.setattr(fitted, "generate", lambda *a, **k: (seen.update(k), generate(*a, **k))[1])
+    made = models.RNA_MODELS["cfgen-encoded"].make(job, fitted)
+    assert made.labels.tolist() == ["B"] * 20 + ["T"] * 30
+    assert set(made.values) == set(cells.counts)
+    sizes = seen["size_factors"] if paired else {RNA: seen["size_factors"]}
+    for name, own in cells.counts.items():
+        totals = np.asarray(own.sum(axis=1)).ravel()
+        assert set(sizes[name][:20]) <= set(totals[cells.labels == "B"])
+        drawn = np.asarray(made.values[name].sum(axis=1)).ravel()
+        assert np.corrcoef(drawn, sizes[name])[0, 1] > 0.6
 
 
 def test_both_modalities_are_compared(folder, quick):

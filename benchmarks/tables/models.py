@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -109,10 +110,13 @@ def real(job: Job, _: Any = None) -> Made:
     return Made(chosen.counts, chosen.labels)
 
 
+def _as_given(cells: Measured) -> Any:
+    """Counts as a user would pass them: one modality by itself."""
+    return dict(cells.counts) if len(cells.counts) > 1 else cells.counts[RNA]
+
+
 def _fit_cfgen(job: Job) -> CFGen:
-    # One modality is given by itself, as a user of RNA would.
-    counts: Any = dict(job.cells.counts) if len(job.cells.counts) > 1 else job.cells.counts[RNA]
-    return CFGen(random_state=job.seed).fit(counts, job.cells.labels)
+    return CFGen(random_state=job.seed).fit(_as_given(job.cells), job.cells.labels)
 
 
 def _cfgen(job: Job, fitted: CFGen) -> Made:
@@ -122,6 +126,29 @@ def _cfgen(job: Job, fitted: CFGen) -> Made:
 def _cfgen_untyped(job: Job, fitted: CFGen) -> Made:
     made = fitted.generate(n_cells=len(job.labels), random_state=job.seed)
     return Made(_named(made), None)
+
+
+def _encoded(job: Job, fitted: CFGen, *, typed: bool) -> Made:
+    """CFGen without its flow, sampled as `_AGGREGATE` says: what its decoder could do."""
+    random = np.random.default_rng([job.seed, 3])
+    if typed:
+        rows = [
+            random.choice(np.flatnonzero(job.cells.labels == name), n)
+            for name, n in job.wanted.items()
+        ]
+    else:
+        rows = [random.choice(len(job.cells), len(job.labels))]
+    chosen = job.cells.take(np.concatenate(rows))
+    # Totals by name of the modality, or those of one.
+    totals = {name: np.asarray(own.sum(axis=1)).ravel() for name, own in chosen.counts.items()}
+    made = fitted.generate(
+        job.labels if typed else None,
+        n_cells=None if typed else len(job.labels),
+        latents=fitted.encode(_as_given(chosen)),
+        size_factors=totals if len(totals) > 1 else totals[RNA],
+        random_state=job.seed,
+    )
+    return Made(_named(made), job.labels if typed else None)
 
 
 def _named(values: Any) -> dict[str, sparse.csr_matrix]:
@@ -216,11 +243,19 @@ _SC_GAN = f"WGAN-GP, {_OURS} scGAN and cscGAN (doi:10.1038/s41467-019-14018-z)"
 
 REAL = "real"
 _REAL = Model("real cells", "as many training cells: the floor", real)
+_ENCODED = Model(
+    "CFGen, no flow",
+    "the same model, latents and depths of random training cells of the type, decoded: the way of "
+    "scVI's first row",
+    partial(_encoded, typed=True),
+    _fit_cfgen,
+)
 
 #: Rows of both tables by name, in order.
 RNA_MODELS: dict[str, Model] = {
     REAL: _REAL,
     "cfgen": Model("CFGen", "CFGen at its defaults, given the type", _cfgen, _fit_cfgen),
+    "cfgen-encoded": _ENCODED,
     "scvi": Model(
         "scVI",
         f"{_SCVI}, decoder given the type; {_AGGREGATE} of the type",
@@ -247,6 +282,13 @@ RNA_MODELS: dict[str, Model] = {
     ),
     "cfgen-untyped": Model(
         "CFGen", "the same model as given types, asked without", _cfgen_untyped, _fit_cfgen, False
+    ),
+    "cfgen-encoded-untyped": Model(
+        "CFGen, no flow",
+        "the same model, latents and depths of random training cells, decoded",
+        partial(_encoded, typed=False),
+        _fit_cfgen,
+        False,
     ),
     "scvi-untyped": Model(
         "scVI",
@@ -294,6 +336,7 @@ PAIRED_MODELS: dict[str, Model] = {
     "cfgen": Model(
         "CFGen", "CFGen at its defaults, both modalities in one latent", _cfgen, _fit_cfgen
     ),
+    "cfgen-encoded": _ENCODED,
     "multivi": Model("MultiVI", f"{_MULTIVI}; {_AGGREGATE}", _peaks("posterior"), _fit_multivi),
     "multivi-prior": Model(
         "MultiVI, prior",
