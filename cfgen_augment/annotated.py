@@ -55,7 +55,7 @@ def counts(adata: AnnData, layer: str | None) -> CellMatrix:
     if matrix is None:
         raise ValueError(
             f"X: expected raw counts; got no X at all. Pass layer=, one of: "
-            f"{existing(adata.layers)}."
+            f"{existing(adata.layers)}; counts in raw come by adata.raw.to_adata()."
         )
     return as_cells(matrix)
 
@@ -103,8 +103,8 @@ def check_extendable(adata: AnnData, key: str) -> None:
         raise ValueError(
             "uns: expected data that were not augmented before; uns['cfgen_augment'] says they "
             "were, and generated cells must not be learned from as real ones. Augment the "
-            "original data with a larger target_size, or subset to the real cells and delete "
-            "that entry."
+            "original data with a larger target_size, or subset to the real cells, and delete "
+            f"that entry and the column obs[{key!r}] (of every modality)."
         )
     if key in adata.obs:
         raise ValueError(

@@ -146,7 +146,8 @@ def augment(
     if cells is None:
         raise TypeError(
             "adata: expected AnnData, MuData or a mapping from names of modalities to AnnData; got "
-            f"{type(adata).__name__}. For arrays and DataFrames use CFGenSampler."
+            f"{type(adata).__name__}. For an array or a DataFrame use CFGenSampler; wrap several "
+            "in AnnData each, or use CFGen."
         )
     keys = {"label_key": label_key, "donor_key": donor_key, "batch_key": batch_key}
     sampler = CFGenSampler(
@@ -287,6 +288,8 @@ def augment_file(
     """
     files.check_output(Path(output), overwrite=overwrite)
     files.check_kinds(Path(input), Path(output))
+    if save_model is not None:
+        files.check_apart(Path(save_model), Path(output))
     keys = {"label_key": label_key, "donor_key": donor_key, "batch_key": batch_key}
     sampler = CFGenSampler(
         sampling_strategy,
@@ -454,11 +457,22 @@ def summary(
     DataFrame
         One row per type, rarest first: ``real``, ``synthetic``, ``total``, and the shares of
         the data in per cent before and after.
+
+    Raises
+    ------
+    KeyError
+        If a column of obs is not there.
     """
     import pandas as pd
 
     parts = augmented.values() if isinstance(augmented, Mapping) else [augmented]
-    obs = next(part.obs for part in parts if label_key in part.obs)
+    obs = next((part.obs for part in parts if label_key in part.obs), None)
+    if obs is None or key_added not in obs:
+        raise KeyError(
+            "label_key, key_added: expected columns of obs with the types and the mark of "
+            f"generated cells; there are no {label_key!r} and {key_added!r}. Pass what augment "
+            "returned, and the names that it was given."
+        )
     synthetic = obs[key_added].to_numpy().astype(bool)
     labels = obs[label_key].astype(str).to_numpy()
     table = pd.DataFrame(

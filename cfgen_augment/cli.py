@@ -222,21 +222,21 @@ def _refuse(given: argparse.Namespace) -> tuple[int, str] | None:
         files.check_kinds(given.input, output)
         if given.report is not None:
             files.check_report(given.report, overwrite=given.force)
+        if given.save_model is not None:
+            files.check_apart(given.save_model, output)
     except ValueError as error:
         return BAD_INPUT, str(error)
     except FileExistsError as error:
         return OUTPUT_EXISTS, str(error)
-    if given.save_model is not None and given.save_model.resolve() == output.resolve():
-        return BAD_INPUT, f"--save-model: expected another place than the output; got {output}."
     if given.report is not None and given.report.resolve() in {
         place.resolve() for place in (given.input, output, given.save_model) if place is not None
     }:
         return BAD_INPUT, f"--report: expected a place of its own; got {given.report}."
-    if given.report is not None and output.suffix == ".h5mu":
+    if given.report is not None and (output.suffix == ".h5mu" or given.modalities is not None):
         return (
             BAD_INPUT,
-            "--report: expected an output with one matrix per cell; h5mu has several. Leave it "
-            "out, and use cfgen_augment.diagnose on one modality at a time.",
+            "--report: expected an output with one matrix per cell; there are several modalities. "
+            "Leave it out, and use cfgen_augment.diagnose on one modality at a time.",
         )
     if given.model is not None:
         default = parser().get_default

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cfgen_augment import annotated
-from cfgen_augment.counts import CellMatrix, append_rows
+from cfgen_augment.counts import CellMatrix, append_rows, hold_to_columns
 from cfgen_augment.stored import StoredCells
 
 if TYPE_CHECKING:
@@ -223,8 +223,9 @@ class WithObsm(Container):
             if name == IN_X:
                 fill(result, own, in_memory(real), new[name])
                 continue
-            matrix = append_rows(in_memory(real), new[name])
             given = self._adata.obsm[name]
+            made = hold_to_columns(new[name], getattr(given, "dtypes", ()))
+            matrix = append_rows(in_memory(real), made)
             if hasattr(given, "iloc"):
                 matrix = type(given)(matrix, index=result.obs_names, columns=given.columns)
                 matrix = matrix.astype(dict(given.dtypes))

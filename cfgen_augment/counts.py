@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from cfgen_augment.notices import notify
 from cfgen_augment.stored import StoredCells, Survey, as_stored, broken, in_order, rows_with
 
 # An ndarray, a CSR matrix or array, or `StoredCells`. SciPy has no type that covers its sparse
@@ -72,7 +73,7 @@ def check_cells(X: object, kind: ValueKind, *, name: str = "X", n_min: int = 1) 
     else:
         raise TypeError(
             f"{name}: expected a NumPy array or a SciPy sparse matrix; got {type(X).__name__}. "
-            "Convert it, for example with X.to_numpy()."
+            "Convert it: tables with X.to_numpy(), AnnData by adata.X or adata.layers[...]."
         )
     if matrix.ndim != 2:
         raise ValueError(
@@ -83,6 +84,8 @@ def check_cells(X: object, kind: ValueKind, *, name: str = "X", n_min: int = 1) 
         raise TypeError(
             f"{name}: expected numbers; got dtype {matrix.dtype}. Convert with X.astype(float)."
         )
+    if not matrix.dtype.isnative and not isinstance(matrix, StoredCells):
+        matrix = matrix.astype(matrix.dtype.newbyteorder("="))  # SciPy and torch take no other
     n_cells, n_features = matrix.shape
     if n_features < 1:
         raise ValueError(
@@ -311,3 +314,27 @@ def as_dtype(X: CellMatrix, dtype: np.dtype) -> tuple[CellMatrix, int]:
     if sparse.issparse(X) and dtype == np.float16:
         dtype = np.dtype(np.float32)
     return X.astype(dtype, copy=False), too_large
+
+
+def hold_to_columns(new: CellMatrix, dtypes: Any) -> CellMatrix:
+    """Hold generated counts at what the columns of a DataFrame of mixed dtypes can hold.
+
+    The model generates in the one dtype that holds every column; a cast back to a narrower
+    column would wrap around without a word.
+    """
+    if len(set(dtypes)) < 2 or new.dtype.kind not in "iuf" or not new.shape[0]:
+        return new
+    limits = np.full(new.shape[1], np.inf)
+    for column, dtype in enumerate(dtypes):
+        plain = np.dtype(getattr(dtype, "subtype", getattr(dtype, "numpy_dtype", dtype)))
+        if plain.kind in "biu":
+            limits[column] = 1 if plain.kind == "b" else np.iinfo(plain).max
+    values = new.data if sparse.issparse(new) else new
+    limit = limits[new.indices] if sparse.issparse(new) else limits
+    if n_large := int((values > limit).sum()):
+        notify(
+            f"{n_large:,} generated counts were larger than the dtype of their column can hold "
+            "and were held at its largest value; pass wider columns to keep them.",
+        )
+        np.minimum(values, limit, out=values, casting="unsafe")
+    return new

@@ -20,6 +20,22 @@ FORMATS = (".h5ad", ".h5mu", ".zarr")
 _MARKS_OF_ZARR = ("zarr.json", ".zgroup")  # one of them lies in every zarr group
 
 
+def check_apart(model: Path, output: Path) -> None:
+    """Check that a model is not to be saved where the output will be.
+
+    Raises
+    ------
+    ValueError
+        If it is the output, or within it: a store that appears whole would replace it.
+    """
+    place, taken = model.resolve(), output.resolve()
+    if taken in (place, *place.parents):
+        raise ValueError(
+            f"save_model: expected a place outside the output {output}; got {model}. Choose "
+            "another (in the command, --save-model)."
+        )
+
+
 def check_output(path: Path, *, overwrite: bool) -> None:
     """Check that a result can be written to `path`, before any work is done.
 

@@ -23,7 +23,13 @@ from cfgen_augment.notices import notify
 from cfgen_augment.parameters import RandomState, check_parameters, entropy
 from cfgen_augment.processes import Processes
 from cfgen_augment.saved import SavedModel
-from cfgen_augment.solver import REHEARSAL_CELLS, Solver, Velocity, make_solver
+from cfgen_augment.solver import (
+    REHEARSAL_CELLS,
+    Solver,
+    Velocity,
+    check_finite,
+    make_solver,
+)
 from cfgen_augment.stages import block_rows, encode_cells
 from cfgen_augment.training import seeded
 
@@ -217,10 +223,11 @@ class FittedModel(SavedModel):
         )
         if latents is not None:
             latents = np.asarray(latents, dtype=np.float32)
-            if latents.shape != (n, self.n_latent):
+            if latents.shape != (n, self.n_latent) or not np.isfinite(latents).all():
                 raise ValueError(
-                    f"latents: expected shape {(n, self.n_latent)}; got {latents.shape}. Pass one "
-                    "row per cell to generate, as encode returns them."
+                    f"latents: expected finite values of shape {(n, self.n_latent)}; got shape "
+                    f"{latents.shape} with {(~np.isfinite(latents)).sum()} that are not finite. "
+                    "Pass one row per cell to generate, as encode returns them."
                 )
         if self.dispersion == "gene-label" and LABEL not in wanted:
             raise ValueError(
@@ -365,7 +372,7 @@ class FittedModel(SavedModel):
             latents = torch.as_tensor(given, device=device)
         else:
             velocity, noise = self._start(cells, terms, generator)
-            latents = self.network_.latents(noise, velocity, solver)
+            latents = check_finite(self.network_.latents(noise, velocity, solver))
         log_size = torch.as_tensor(np.log(cells.totals), dtype=torch.float32, device=device)
         labels = torch.as_tensor(cells.codes[:, 0], device=device)
         return self.network_.draw(latents, log_size, labels, generator)
@@ -380,7 +387,7 @@ class FittedModel(SavedModel):
         wanted: dict[str, NDArray] = {}
         if labels is not None:
             wanted[LABEL] = check_attribute(labels, "labels")
-        for name, values in (covariates or {}).items():
+        for name, values in ({} if covariates is None else covariates).items():
             known = self.attributes_.names[1:]
             if name not in known:
                 raise ValueError(

@@ -307,6 +307,7 @@ class CFGen(TranslatingModel):
 
         self.__dict__.pop("network_", None)  # a failed refit must not leave half of each
         self.attributes_ = Attributes.fit(given)
+        self.attributes_.terms(self.guidance, ())  # are these its names?
         self.modalities_ = modalities
         self.feature_names_ = names
         self.dtype_ = by_name(modalities, [matrix.dtype for matrix in matrices])
@@ -360,7 +361,12 @@ class CFGen(TranslatingModel):
     def _check_attributes(
         self, labels: ArrayLike, covariates: Mapping[str, ArrayLike] | None
     ) -> dict[str, NDArray]:
-        covariates = dict(covariates or {})
+        covariates = {} if covariates is None else dict(covariates)
+        if unnamed := [name for name in covariates if not isinstance(name, str)]:
+            raise TypeError(
+                f"covariates: expected names that are text; got {unnamed}. Rename them, for "
+                "example with str()."
+            )
         if LABEL in covariates:
             raise ValueError(
                 f"covariates: expected names other than {LABEL!r}, which holds the labels; got "

@@ -241,6 +241,7 @@ class InMuData(SeveralAnnData):
 
     def annotate(self, result: Any, document: Mapping[str, Any]) -> None:
         """See `Container.annotate`."""
+        super().annotate(result.mod, document)  # each can be taken out and looked at alone
         result.uns["cfgen_augment"] = dict(document)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,8 +103,10 @@ class Pairs:
         Raises
         ------
         ValueError
-            If both sides have no type in common.
+            If both sides have no type in common, or `most` is no number of cells.
         """
+        if not isinstance(most, Integral) or most < 1:
+            raise ValueError(f"max_cells: expected a whole number from 1; got {most!r}.")
         common = [t for t in self.types if self.real.number(t) and self.synthetic.number(t)]
         if not common:
             raise ValueError(
@@ -167,8 +170,10 @@ def paired(
     for role, cells in (("real", real), ("synthetic", synthetic)):
         if not annotated.is_anndata(cells) and (role == "real" or cells is not None):
             raise TypeError(
-                f"{role}: expected AnnData; got {type(cells).__name__}. Wrap counts with "
-                "anndata.AnnData(counts, obs=...); name label_key= if there is nothing in between."
+                f"{role}: expected AnnData; got {type(cells).__name__}. Of several modalities pass "
+                "one, with the types in its own obs (MuData.push_obs copies them there); wrap "
+                "counts with anndata.AnnData(counts, obs=...); name label_key= if there is nothing "
+                "in between."
             )
     if label_key is None:
         raise TypeError("label_key: expected the column of obs with the types; got None. Pass it.")

@@ -118,7 +118,7 @@ _RULES: dict[str, tuple[Any, str]] = {
     "n_steps": _COUNT,
     "distributed": (lambda v: isinstance(v, (bool, np.bool_)), "True or False"),
     "guidance": (
-        lambda v: isinstance(v, Mapping) or _real(-np.inf)(v),
+        lambda v: all(map(_real(-np.inf), v.values() if isinstance(v, Mapping) else [v])),
         "a number, or a mapping from attributes to numbers",
     ),
 }

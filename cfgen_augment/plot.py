@@ -235,8 +235,12 @@ def markers(
         key_added=key_added,
         random_state=random_state,
     )
-    if genes is not None and (absent := [g for g in genes if g not in set(pairs.genes)]):
-        raise KeyError(f"genes: expected names of genes of real; got {', '.join(absent[:10])}.")
+    if genes is not None:
+        genes = [genes] if isinstance(genes, str) else list(genes)
+        if absent := [g for g in genes if g not in set(pairs.genes)]:
+            raise KeyError(f"genes: expected names of genes of real; got {', '.join(absent[:10])}.")
+    if (n_markers if genes is None else len(genes)) < 1:
+        raise ValueError("genes, n_markers: expected at least one gene; got none. Pass some.")
     types, means = [], []
     for label, *sides in pairs.matched(max_cells):
         types.append(label)
@@ -246,7 +250,7 @@ def markers(
     if genes is None:
         chosen = _markers(by_side[0], n_markers)
     else:
-        chosen = np.flatnonzero(np.isin(pairs.genes, list(genes)))
+        chosen = np.flatnonzero(np.isin(pairs.genes, genes))
     x, y = by_side[:, :, chosen]
     with rc_context(PLAIN):
         ax = _axes(ax)

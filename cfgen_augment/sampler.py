@@ -14,7 +14,6 @@ from imblearn.over_sampling.base import BaseOverSampler
 from imblearn.utils import check_sampling_strategy, check_target_type
 from imblearn.utils._validation import ArraysTransformer
 from numpy.typing import ArrayLike, NDArray
-from scipy import sparse
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.multiclass import check_classification_targets
 
@@ -22,7 +21,7 @@ from cfgen_augment.allocation import allocate, total_after
 from cfgen_augment.annotated import SYNTHETIC
 from cfgen_augment.attributes import Attributes, check_attribute, check_feature_names
 from cfgen_augment.containers import Container
-from cfgen_augment.counts import CellMatrix, append_rows
+from cfgen_augment.counts import append_rows, hold_to_columns
 from cfgen_augment.generation import LABEL, Cells
 from cfgen_augment.modalities import by_name, check_like, each, lay_out, stack
 from cfgen_augment.model import CFGen
@@ -326,14 +325,15 @@ class CFGenSampler(BaseOverSampler):
                 resampled, note = annotation.append(new, columns={})
                 if note:
                     notify(note)
+                if one_vs_all:
+                    y_resampled = _one_hot(y_resampled, labels, y)
                 y_resampled = ArraysTransformer(y, y).transform(y_resampled, y_resampled)[1]
                 if hasattr(y_resampled, "iloc"):
                     y_resampled.index = annotation.names_of(resampled)
                 return resampled, y_resampled
-            new = _hold_to_columns(new, getattr(X, "dtypes", ()))
+            new = hold_to_columns(new, getattr(X, "dtypes", ()))
             if one_vs_all:
-                one_hot = y_resampled[:, None] == np.unique(labels)
-                y_resampled = one_hot.astype(np.asarray(y).dtype)
+                y_resampled = _one_hot(y_resampled, labels, y)
             X_resampled, y_resampled = container.transform(append_rows(cells, new), y_resampled)
             return X_resampled, y_resampled
 
@@ -446,6 +446,12 @@ class CFGenSampler(BaseOverSampler):
         self, X: Any, y: Any, annotation: Container | None = None
     ) -> tuple[Any, NDArray, bool]:
         """Cells and labels as arrays, and whether the labels came one-versus-all."""
+        if annotation is None and isinstance(X, Mapping):
+            raise TypeError(
+                "X: expected a matrix, a table, AnnData, MuData or a mapping to AnnData; got one "
+                f"to {', '.join(sorted({type(v).__name__ for v in X.values()}))}. Wrap each in "
+                "AnnData, or use CFGen, which takes a mapping to matrices."
+            )
         if getattr(getattr(X, "dtype", None), "kind", None) == "c":
             raise ValueError(
                 "X: expected real numbers; got complex ones. Complex data not supported; pass "
@@ -469,10 +475,10 @@ class CFGenSampler(BaseOverSampler):
             cells, labels, one_vs_all = super()._check_X_y(X, y)
             self._feature_names = getattr(self, "feature_names_in_", None)
         labels = np.asarray(labels)
-        if len(np.unique(labels)) < 2:
+        if len(classes := np.unique(labels)) < 2:
+            got = f"one class, {str(classes[0])!r}" if len(classes) else "no cells"
             raise ValueError(
-                f"y: expected at least two classes; got one class, {labels[0]!r}. There is no "
-                "imbalance to work on."
+                f"y: expected at least two classes; got {got}. There is no imbalance to work on."
             )
         return cells, labels, one_vs_all
 
@@ -619,28 +625,10 @@ def _is_fitted(model: CFGen) -> bool:
     return hasattr(model, "network_")
 
 
-def _hold_to_columns(new: CellMatrix, dtypes: Any) -> CellMatrix:
-    """Hold generated counts at what the columns of a DataFrame of mixed dtypes can hold.
-
-    The model generates in the one dtype that holds every column; a cast back to a narrower
-    column would wrap around without a word.
-    """
-    if len(set(dtypes)) < 2 or new.dtype.kind not in "iuf" or not new.shape[0]:
-        return new
-    limits = np.full(new.shape[1], np.inf)
-    for column, dtype in enumerate(dtypes):
-        plain = np.dtype(getattr(dtype, "subtype", getattr(dtype, "numpy_dtype", dtype)))
-        if plain.kind in "biu":
-            limits[column] = 1 if plain.kind == "b" else np.iinfo(plain).max
-    values = new.data if sparse.issparse(new) else new
-    limit = limits[new.indices] if sparse.issparse(new) else limits
-    if n_large := int((values > limit).sum()):
-        notify(
-            f"{n_large:,} generated counts were larger than the dtype of their column can hold "
-            "and were held at its largest value; pass wider columns to keep them.",
-        )
-        np.minimum(values, limit, out=values, casting="unsafe")
-    return new
+def _one_hot(y_resampled: NDArray, labels: NDArray, y: Any) -> NDArray:
+    """Labels one-versus-all, as they came in `y`."""
+    one_hot: NDArray = (y_resampled[:, None] == np.unique(labels)).astype(np.asarray(y).dtype)
+    return one_hot
 
 
 def _flat(names: NDArray | Mapping[str, NDArray]) -> NDArray:

@@ -115,12 +115,28 @@ def fit_multistep(velocity: Velocity, z: Tensor, n_steps: int) -> Multistep:
         for part in range(step * refinement, (step + 1) * refinement):
             reference = _step(velocity, reference, part * h, h, TABLEAUS["rk4"])
         # Late velocities resemble each other: double precision keeps their differences.
-        known = torch.stack([vector.reshape(-1) for vector in seen], dim=1).double().cpu()
-        wanted = reference.reshape(-1, 1).double().cpu()
+        known = check_finite(torch.stack([vector.reshape(-1) for vector in seen], dim=1))
+        known, wanted = known.double().cpu(), check_finite(reference).reshape(-1, 1).double().cpu()
         solution = torch.linalg.lstsq(known, wanted, driver="gelsd").solution[:, 0]
         weights.append(tuple(solution.tolist()))
         state = (known @ solution).to(z).reshape(z.shape)
     return Multistep(tuple(weights))
+
+
+def check_finite(latents: Tensor) -> Tensor:
+    """The same latents.
+
+    Raises
+    ------
+    ValueError
+        If some are not finite: the field was followed to where it knows nothing.
+    """
+    if not torch.isfinite(latents).all():
+        raise ValueError(
+            "latents: expected finite values; got infinite ones or NaN. Strong guidance or "
+            "temperature leads cells away from all data: lower them."
+        )
+    return latents
 
 
 def make_solver(name: str, n_steps: int, rehearse: Callable[[], tuple[Velocity, Tensor]]) -> Solver:

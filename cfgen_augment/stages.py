@@ -170,7 +170,7 @@ def _settle_noise(
     model.requires_grad_(False)
     model.noise.requires_grad_(True)
     rows = np.sort(random.permutation(rows)[: _NOISE_STEPS * batch_size])
-    epochs = math.ceil(_NOISE_STEPS * batch_size / len(rows))
+    epochs = math.ceil(_NOISE_STEPS / math.ceil(len(rows) / batch_size))
     go(
         model.noise,
         rows=rows,

@@ -128,6 +128,7 @@ class TranslatingModel(FittedModel):
         self, to: Mapping[str, ArrayLike], before: Mapping[str, NDArray], n_cells: int
     ) -> dict[str, NDArray]:
         """What cells are to be, one value each."""
+        to = dict(to)  # a Series, too
         if not to or not set(to) <= set(before) - {LABEL}:
             given = sorted(set(before) - {LABEL})
             raise ValueError(

@@ -525,3 +525,18 @@ def test_stale_note_of_a_transformation_goes_with_it(adata, model):
     with pytest.warns(UserWarning, match=r"uns\['log1p'\]"):
         result = augment(adata, "cell_type", generator=model, layer="counts")
     assert "log1p" not in result.uns
+
+
+def test_a_summary_of_other_data_says_what_is_missing(adata):
+    with pytest.raises(KeyError, match="there are no 'cell_type' and 'is_synthetic'"):
+        summary(adata, "cell_type")
+
+
+def test_real_cells_taken_out_can_be_augmented_again(adata, model):
+    augmented = augment(adata, "cell_type", generator=model)
+    real = augmented[~augmented.obs["is_synthetic"].to_numpy()].copy()
+    with pytest.raises(ValueError, match=r"delete that entry and the column obs\['is_synthetic'\]"):
+        augment(real, "cell_type", generator=model)
+    del real.uns["cfgen_augment"], real.obs["is_synthetic"]
+    again = augment(real, "cell_type", generator=model)
+    assert again.n_obs == augmented.n_obs

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cfgen_augment import CFGen, __version__, cli
+from cfgen_augment import CFGen, __version__, augment_file, cli
 from cfgen_augment.cli import main
 
 COMMAND = [sys.executable, "-m", "cfgen_augment.cli"]
@@ -516,9 +516,14 @@ def test_interrupt_while_saving_the_model_leaves_nothing(given, run, tmp_path, m
         (["--donor", "donor"], cli.BAD_INPUT, "unrecognized arguments: --donor"),
         (["--model", "a", "--save-model", "b"], cli.BAD_INPUT, "not allowed with argument"),
         (["--model", "absent"], cli.BAD_INPUT, "--max-epochs: expected only without --model"),
-        (["--save-model", "OUT"], cli.BAD_INPUT, "expected another place than the output"),
+        (["--save-model", "OUT"], cli.BAD_INPUT, "expected a place outside the output"),
         (["--save-model", "IN/model"], cli.BAD_INPUT, "expected a place that can be written to"),
         (["--save-model", "IN"], cli.OUTPUT_EXISTS, "never overwritten"),
+        (
+            ["--modalities", "X,atac", "--report", "R"],
+            cli.BAD_INPUT,
+            "there are several modalities",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )
@@ -526,13 +531,28 @@ def test_refused_before_training(given, run, tmp_path, monkeypatch, options, cod
     monkeypatch.setattr(
         "cfgen_augment.model.train_autoencoder", lambda *_, **__: pytest.fail("trained")
     )
-    places = {"OUT": "out.h5ad", "IN": "in.h5ad", "IN/model": "in.h5ad/model"}
+    places = {"OUT": "out.h5ad", "IN": "in.h5ad", "IN/model": "in.h5ad/model", "R": "r.html"}
     options = [tmp_path / places[o] if o in places else o for o in options]
     found, out, err = run(*options)
     assert (found, out) == (code, "")
     assert message in err
     assert 'error: "' not in err  # as a KeyError's own text would be
     assert [p.name for p in tmp_path.iterdir()] == ["in.h5ad"]
+
+
+def test_a_model_within_a_store_is_refused(given, run, tmp_path, no_training):
+    """The store takes the place of whatever is there when it is complete."""
+    code, _, err = run("--save-model", tmp_path / "out.zarr" / "model", output="out.zarr")
+    assert code == cli.BAD_INPUT
+    assert "expected a place outside the output" in err
+    with pytest.raises(ValueError, match="expected a place outside the output"):
+        augment_file(
+            given,
+            tmp_path / "out.zarr",
+            "cell_type",
+            save_model=tmp_path / "out.zarr" / "model",
+        )
+    assert not (tmp_path / "out.zarr").exists()
 
 
 @pytest.mark.parametrize("device", ["cuda:9", "tpu"])

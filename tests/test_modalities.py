@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 from sklearn.preprocessing import FunctionTransformer
 
-from cfgen_augment import CFGen, CFGenSampler, augment, augment_file, cli, writing
+from cfgen_augment import CFGen, CFGenSampler, augment, augment_file, cli, diagnose, writing
 from cfgen_augment.likelihoods import value_kind
 from cfgen_augment.minibatch import Minibatch
 from cfgen_augment.modalities import Modality, check_like, hidden_widths, lay_out
@@ -799,3 +799,39 @@ def test_real_paired_cells(real_data):
         real, made = (np.asarray((result[name].X[m] > 0).mean(axis=0)).ravel() for m in (~new, new))
         assert np.corrcoef(real, made)[0, 1] > 0.8
         assert made.mean() == pytest.approx(real.mean(), rel=0.3)
+
+
+@pytest.mark.parametrize("to_file", [False, True], ids=["in memory", "to a file"])
+def test_columns_of_a_table_in_obsm_hold_what_they_can(parts, tmp_path, to_file):
+    """The model generates in the widest of the columns' dtypes."""
+    adata = parts["rna"]
+    random = np.random.default_rng(0)
+    counts = random.negative_binomial(2, 0.02, (adata.n_obs, 2))
+    narrow = np.minimum(counts[:, 0], 127).astype(np.int8)
+    adata.obsm["protein"] = pd.DataFrame(
+        {"CD3": narrow, "CD4": 4 * counts[:, 1]}, index=adata.obs_names
+    )
+    options = {"modalities": ["X", "protein"], **OPTIONS}
+    given, out = tmp_path / "in.h5ad", tmp_path / "out.h5ad"
+    adata.write_h5ad(given)
+    with pytest.warns(UserWarning, match="were held at its largest value"):
+        made = (
+            augment_file(given, out, "cell_type", **options)
+            if to_file
+            else augment(adata, "cell_type", **options)
+        )
+    table = (anndata.read_h5ad(out) if to_file else made).obsm["protein"]
+    assert table["CD3"].dtype == np.int8
+    assert table["CD3"].min() >= 0
+    assert table["CD3"].max() == 127
+
+
+def test_a_modality_can_be_diagnosed_alone(mdata):
+    made = augment(mdata, "cell_type", key_added="made", **OPTIONS)
+    with pytest.raises(TypeError, match=r"Of several modalities pass one.*push_obs"):
+        diagnose(made, label_key="cell_type")
+    made.push_obs(columns=["cell_type"])
+    for name in ("rna", "atac"):
+        table = diagnose(made[name], label_key="cell_type")
+        assert table["n_real"].sum() == mdata.n_obs
+        assert table["n_synthetic"].sum() == made.n_obs - mdata.n_obs

@@ -613,3 +613,65 @@ def test_given_latents_replace_the_flow_and_nothing_else(trained, cells):
         trained.generate(labels, latents=np.zeros((len(labels), 3)))
     with pytest.raises(ValueError, match="features the model was fitted on"):
         trained.encode(X[:, :-1])
+
+
+@pytest.mark.parametrize("solver", ["fitted", "midpoint"])
+def test_cells_that_left_all_data_are_an_error(cells, solver):
+    model = CFGen(max_epochs=1, solver=solver, random_state=0, device="cpu")
+    model.fit(cells.X, cells.labels)
+    with pytest.raises(ValueError, match=r"latents: expected finite values; .* lower them"):
+        model.generate(["T"] * 5, guidance=1e30)
+    with pytest.raises(ValueError, match=r"with 100 that are not finite"):
+        model.generate(["T"] * 2, latents=np.full((2, model.n_latent), np.nan))
+
+
+def test_other_byte_orders_are_read(cells):
+    foreign = cells.X.toarray().astype(">i4")
+    model = CFGen(max_epochs=1, random_state=0, device="cpu").fit(foreign, cells.labels)
+    plain = CFGen(max_epochs=1, random_state=0, device="cpu").fit(
+        foreign.astype(np.int32), cells.labels
+    )
+    new = model.generate(["T"] * 5)
+    assert new.dtype == np.int32
+    assert (new != plain.generate(["T"] * 5)).nnz == 0
+
+
+def test_covariates_may_be_a_table(cells):
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"donor": cells.donors})
+    model = CFGen(max_epochs=1, random_state=0, device="cpu")
+    model.fit(cells.X, cells.labels, covariates=table)
+    assert model.generate(covariates=table[:7]).shape[0] == 7
+    moved = model.translate(
+        cells.X[:4], cells.labels[:4], covariates=table[:4], to=pandas.Series({"donor": "d1"})
+    )
+    assert moved.shape == (4, cells.X.shape[1])
+    with pytest.raises(TypeError, match=r"covariates: expected names that are text; got \[1\]"):
+        CFGen().fit(cells.X, cells.labels, covariates={1: cells.donors})
+
+
+@pytest.mark.parametrize(
+    ("guidance", "message"),
+    [
+        ({"donr": 2.0}, r"expected attributes of the model .* got \['donr'\]"),
+        ({"label": "x"}, "expected a number, or a mapping from attributes to numbers"),
+    ],
+)
+def test_guidance_is_checked_before_training(cells, monkeypatch, guidance, message):
+    monkeypatch.setattr(
+        "cfgen_augment.model.train_autoencoder", lambda *_, **__: pytest.fail("trained")
+    )
+    with pytest.raises(ValueError, match=message):
+        CFGen(guidance=guidance).fit(cells.X, cells.labels)
+
+
+def test_the_dispersion_settles_in_as_many_steps_whatever_the_batch(cells, monkeypatch):
+    steps = []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda *a, **k: (steps.append(1), step(*a, **k)))
+    for batch_size in (50, 128, 4096):
+        steps.clear()
+        model = CFGen(max_epochs=1, batch_size=batch_size, random_state=0, device="cpu")
+        model.fit(cells.X, cells.labels)
+        # AdamW is an Adam, too: a step or a few of either stage.
+        assert 300 <= len(steps) <= 310

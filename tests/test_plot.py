@@ -275,3 +275,19 @@ def test_a_report_in_the_way_is_kept(augmented, tmp_path):
 def test_places_that_cannot_hold_a_report(augmented, tmp_path, name, match):
     with pytest.raises(ValueError, match=re.escape(match).replace("\\.html", ".html")):
         write_report(tmp_path / name, augmented, label_key="cell_type")
+
+
+@pytest.mark.parametrize("most", [0, -3, 10.0])
+def test_a_number_of_cells_is_checked(augmented, most):
+    with pytest.raises(ValueError, match="max_cells: expected a whole number from 1"):
+        plot.zeros_per_cell(augmented, label_key="cell_type", max_cells=most)
+
+
+def test_genes_come_in_any_form(augmented, ax):
+    for genes in ("gene3", iter(["gene3"])):
+        ax.clear()
+        plot.markers(augmented, label_key="cell_type", genes=genes, ax=ax)
+        assert len(ax.collections[0].get_offsets()) == 1
+    for options in ({"genes": []}, {"n_markers": 0}):
+        with pytest.raises(ValueError, match="expected at least one gene"):
+            plot.markers(augmented, label_key="cell_type", **options)

@@ -586,3 +586,16 @@ def test_a_template_is_checked_before_training(cells, no_training):
         using(CFGen(likelihood="normal")).fit_resample(cells.X, cells.labels)
     with pytest.raises(FileNotFoundError):
         using("no-such-model").fit_resample(cells.X, cells.labels)
+
+
+def test_labels_one_versus_all_come_back_so(cells):
+    hot = (cells.labels[:, None] == np.unique(cells.labels)).astype(int)
+    _, from_array = make().fit_resample(cells.X, hot)
+    _, from_anndata = make().fit_resample(annotated(cells), hot)
+    np.testing.assert_array_equal(from_array, from_anndata)
+    assert from_array.shape[1] == 3
+
+
+def test_a_mapping_to_arrays_is_told_where_to_go(cells):
+    with pytest.raises(TypeError, match=r"got one to csr_matrix\. Wrap each in AnnData"):
+        make().fit_resample({"rna": cells.X, "atac": cells.X}, cells.labels)
