@@ -37,8 +37,10 @@ lint: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs docs/_build/html
 
+# One thread: the networks of tests are too small for two, which wait for each other, and by
+# spinning, where cores have other work. On a busy machine that is minutes instead of seconds.
 pytest: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
 clean:
 	rm -rf $(VENV) docs/_build docs/api/generated demo_output

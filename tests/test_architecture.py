@@ -16,7 +16,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 
 # From the foundations up: a room imports from rooms to its left only.
 ORDER = [
-    *("allocation", "stored", "counts", "attributes", "size_factors"),
+    *("notices", "allocation", "stored", "counts", "attributes", "size_factors"),
     *("minibatch", "nb_loss", "sweep", "draws", "likelihoods", "modalities", "autoencoder"),
     *(
         "solver",
