@@ -446,7 +446,7 @@ class CFGenSampler(BaseOverSampler):
         self, X: Any, y: Any, annotation: Container | None = None
     ) -> tuple[Any, NDArray, bool]:
         """Cells and labels as arrays, and whether the labels came one-versus-all."""
-        if annotation is None and isinstance(X, Mapping):
+        if annotation is None and isinstance(X, Mapping) and not hasattr(X, "shape"):  # not DOK
             raise TypeError(
                 "X: expected a matrix, a table, AnnData, MuData or a mapping to AnnData; got one "
                 f"to {', '.join(sorted({type(v).__name__ for v in X.values()}))}. Wrap each in "

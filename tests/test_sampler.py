@@ -524,7 +524,7 @@ def _at(values, index, value):
         (lambda X, y: {"max_epochs": (1, 2, 3)}, "max_epochs: expected .* pair"),
         (lambda X, y: {"learning_rate": (1e-3, -1.0)}, "learning_rate: expected a positive"),
         (lambda X, y: {"guidance": {"donor": 2.0}}, r"attributes of the model \(\['label'\]\)"),
-        (lambda X, y: {"guidance": {"label": "much"}}, "guidance: expected finite numbers"),
+        (lambda X, y: {"guidance": {"label": "much"}}, "guidance: expected a number, or a mapping"),
         (lambda X, y: {"size_factor": "donor"}, "size_factor: expected .* got 'donor'"),
         (lambda X, y: {"donor": y[:-1]}, "donor: expected one value for each of 150 cells"),
         (lambda X, y: {"batch": _at(y, 7, None)}, "batch: expected a value for every cell"),
