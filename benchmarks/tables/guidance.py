@@ -167,7 +167,7 @@ def _drawn(
             )
         handles, names = grid[0, 0].get_legend_handles_labels()
         figure.legend(
-            handles, names, loc="outside lower center", ncols=4, frameon=False, markerscale=4
+            handles, names, loc="outside lower right", ncols=2, frameon=False, markerscale=4
         )
         figure.supxlabel("PC 1", fontsize=9)
         figure.supylabel("PC 2", fontsize=9)
